@@ -1,0 +1,98 @@
+"""Database migrations under a lock you can trust."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from msr.config import Config, LockingConfig, load_config
+from msr.errors import (
+    ConfigError,
+    DatabaseBusyError,
+    DatabaseError,
+    DatabaseUnreachableError,
+    LockBlockedError,
+    LockChangedError,
+    LockError,
+    LockHeldError,
+    LockLostError,
+    MigrationError,
+    MissingDriverError,
+    MsrError,
+    ValidationError,
+)
+from msr.events import (
+    Event,
+    Listener,
+    LockAcquired,
+    ScriptApplied,
+    ScriptStarted,
+    WaitingForLock,
+)
+from msr.executor import MigrationScriptExecutor, migrate
+from msr.handlers.base import DatabaseHandler, Session, StatementError
+from msr.locking import ForcedRelease, Lease, LockingService, LockStatus, Owner
+from msr.plan import HistoryRow, ScriptStatus
+from msr.results import AppliedScript, MigrationResult
+from msr.scripts import Problem
+
+if TYPE_CHECKING:
+    from msr.handlers.postgres import PostgresHandler
+    from msr.handlers.sqlite import SqliteHandler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AppliedScript",
+    "Config",
+    "ConfigError",
+    "DatabaseBusyError",
+    "DatabaseError",
+    "DatabaseHandler",
+    "DatabaseUnreachableError",
+    "Event",
+    "ForcedRelease",
+    "HistoryRow",
+    "Lease",
+    "Listener",
+    "LockAcquired",
+    "LockBlockedError",
+    "LockChangedError",
+    "LockError",
+    "LockHeldError",
+    "LockLostError",
+    "LockStatus",
+    "LockingConfig",
+    "LockingService",
+    "MigrationError",
+    "MigrationResult",
+    "MigrationScriptExecutor",
+    "MissingDriverError",
+    "MsrError",
+    "Owner",
+    "PostgresHandler",
+    "Problem",
+    "ScriptApplied",
+    "ScriptStarted",
+    "ScriptStatus",
+    "Session",
+    "SqliteHandler",
+    "StatementError",
+    "ValidationError",
+    "WaitingForLock",
+    "__version__",
+    "load_config",
+    "migrate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The handlers are loaded when they are asked for, and their drivers when they connect.
+    if name == "PostgresHandler":
+        from msr.handlers.postgres import PostgresHandler
+
+        return PostgresHandler
+    if name == "SqliteHandler":
+        from msr.handlers.sqlite import SqliteHandler
+
+        return SqliteHandler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,181 @@
+"""Everything `msr` raises on purpose.
+
+    MsrError
+    ├── ConfigError              a setting, URL or option cannot be used
+    ├── MissingDriverError       the database driver is not installed
+    ├── ValidationError          scripts and history disagree: `.problems`
+    ├── DatabaseError            the database refused what msr needs
+    │   ├── DatabaseUnreachableError
+    │   └── DatabaseBusyError    the database stayed locked by somebody else
+    ├── MigrationError           a script failed and was rolled back: `.script`, `.line`
+    └── LockError
+        ├── LockHeldError        another holds the lock and the wait is over
+        ├── LockLostError        the lock was ours and is not any more
+        ├── LockChangedError     the lock changed hands before a forced release
+        └── LockBlockedError     the holder's open transaction blocks a forced release
+
+What an error knows is in its attributes; the message is for people, in one line, and says what
+to do. The docstring of a class is its default message. No message ever holds a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msr.locking import LockStatus
+    from msr.results import MigrationResult
+    from msr.scripts import Problem
+
+__all__ = [
+    "ConfigError",
+    "DatabaseBusyError",
+    "DatabaseError",
+    "DatabaseUnreachableError",
+    "LockBlockedError",
+    "LockChangedError",
+    "LockError",
+    "LockHeldError",
+    "LockLostError",
+    "MigrationError",
+    "MissingDriverError",
+    "MsrError",
+    "ValidationError",
+]
+
+
+class MsrError(Exception):
+    """Something went wrong in msr."""
+
+    result: MigrationResult | None = None
+    """What a run had done before it failed; set by `MigrationScriptExecutor.migrate`."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])
+
+
+class ConfigError(MsrError):
+    """A setting cannot be used.
+
+    `key` is the setting's path (`locking.timeout`), `source` where the value stands (a file's
+    path, an environment variable, or `argument`).
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, source: str | None = None) -> None:
+        self.key = key
+        self.source = source
+        where = ": ".join(part for part in (source, key) if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class MissingDriverError(MsrError):
+    """The database driver is not installed."""
+
+    def __init__(self, driver: str, extra: str) -> None:
+        self.driver = driver
+        self.extra = extra
+        super().__init__(
+            f"{driver} is not installed: run pip install 'migration-script-runner[{extra}]'"
+        )
+
+
+class ValidationError(MsrError):
+    """The scripts and the history do not fit together.
+
+    `problems` holds every problem found, not only the first. Nothing has run.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(str(problem) for problem in self.problems))
+
+
+class DatabaseError(MsrError):
+    """The database refused what msr needs."""
+
+
+class DatabaseUnreachableError(DatabaseError):
+    """The database cannot be reached."""
+
+
+class DatabaseBusyError(DatabaseError):
+    """The database is locked by another process; try again when that has finished."""
+
+
+class MigrationError(MsrError):
+    """A script failed; its changes were rolled back.
+
+    `script` is the path below the folder, `line` and `column` (from 1, or None where the database
+    does not tell) point into that file, `server_message` is the database's own sentence,
+    `sqlstate` its code, `hint` its advice. `applied` names the scripts this run had applied before.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        server_message: str,
+        *,
+        line: int | None = None,
+        column: int | None = None,
+        sqlstate: str | None = None,
+        hint: str | None = None,
+        rolled_back: bool = True,
+        applied: Sequence[str] = (),
+    ) -> None:
+        self.script = script
+        self.server_message = server_message
+        self.line = line
+        self.column = column
+        self.sqlstate = sqlstate
+        self.hint = hint
+        self.rolled_back = rolled_back
+        self.applied = tuple(applied)
+        super().__init__(server_message)
+
+    def __str__(self) -> str:
+        place = ", ".join(
+            part
+            for part in (
+                self.script,
+                f"line {self.line}" if self.line else "",
+                f"column {self.column}" if self.column else "",
+            )
+            if part
+        )
+        advice = f" ({self.hint.strip().rstrip('.')})" if self.hint else ""
+        undone = (
+            "the script was rolled back"
+            if self.rolled_back
+            else "the script ran outside a transaction and may be half done"
+        )
+        before = f"applied before it: {', '.join(self.applied) or 'nothing'}"
+        return f"{place}: {self.server_message}{advice}; {undone}; {before}"
+
+
+class LockError(MsrError):
+    """The migration lock is not as it should be."""
+
+
+class LockHeldError(LockError):
+    """Another process holds the migration lock.
+
+    `status` is the lock as last seen, `waited` the seconds spent waiting for it.
+    """
+
+    def __init__(self, message: str, *, status: LockStatus, waited: float) -> None:
+        self.status = status
+        self.waited = waited
+        super().__init__(message)
+
+
+class LockLostError(LockError):
+    """The migration lock was lost, so the work under it was cancelled and rolled back."""
+
+
+class LockChangedError(LockError):
+    """The lock changed hands meanwhile; nothing was released. Look again with: msr lock:status"""
+
+
+class LockBlockedError(LockError):
+    """The holder is inside a transaction that blocks the release; nothing was released."""

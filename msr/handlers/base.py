@@ -1,0 +1,105 @@
+"""What the executor needs of a database. Implement these two protocols for one of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import fields
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+from msr.config import Config
+from msr.locking import Lease, LockingService
+from msr.plan import HistoryRow
+
+__all__ = ["DatabaseHandler", "Session", "StatementError", "history_row"]
+
+
+class StatementError(Exception):
+    """A statement of a script failed; `line` and `column` count from 1 in the script.
+
+    `committed`: part of the script has been committed, because it ended the transaction itself.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        line: int | None = None,
+        column: int | None = None,
+        sqlstate: str | None = None,
+        hint: str | None = None,
+        committed: bool = False,
+    ) -> None:
+        self.message = message
+        self.line = line
+        self.column = column
+        self.sqlstate = sqlstate
+        self.hint = hint
+        self.committed = committed
+        super().__init__(message)
+
+
+class Session(Protocol):
+    """One database connection, for one run. Not for use by two tasks at once."""
+
+    @property
+    def locking(self) -> LockingService | None:
+        """The lock through this connection, or None where the handler has no locking service."""
+        ...
+
+    @property
+    def connection(self) -> Any:
+        """The driver's own connection, as Python scripts get it."""
+        ...
+
+    async def read_history(self) -> Sequence[HistoryRow]:
+        """Every row of the history by version, in one query. No table means: no rows."""
+        ...
+
+    async def create_history(self) -> None:
+        """Create the history table if it is missing; safe when many processes do it at once."""
+        ...
+
+    async def require_outside_transaction(self) -> None:
+        """Raise `ConfigError` if this connection cannot run scripts outside a transaction."""
+        ...
+
+    def transaction(self, lease: Lease | None) -> AbstractAsyncContextManager[None]:
+        """A transaction: commits on leaving, rolls back on any exception, within bounded time."""
+        ...
+
+    async def execute_script(self, text: str) -> None:
+        """Run every statement of an SQL script. Raises `StatementError`."""
+        ...
+
+    async def record(self, row: HistoryRow, lease: Lease | None) -> None:
+        """Write the history row, inside a transaction, as its last statement.
+
+        This is the fence: with a lease, the row is written only if the lease's (token, locked_by)
+        is the current one and stays so until the commit; otherwise raises `LockLostError`. A row
+        "started" by the same lease becomes "applied". `started_at` is the database's to fill in.
+        """
+        ...
+
+
+class DatabaseHandler(Protocol):
+    """One database. Holds no connection and no state of a run."""
+
+    @property
+    def dialect(self) -> Literal["postgresql", "sqlite"]:
+        """Which SQL the scripts are written in: decides how they are split and checked."""
+        ...
+
+    def connect(self, config: Config) -> AbstractAsyncContextManager[Session]:
+        """Open one connection. Raises `DatabaseUnreachableError`."""
+        ...
+
+
+_COLUMNS = tuple(field.name for field in fields(HistoryRow))
+
+
+def history_row(values: Sequence[Any]) -> HistoryRow:
+    """A row of the history from its columns, in the order of the class, the time as ISO text."""
+    columns = dict(zip(_COLUMNS, values, strict=True))
+    return HistoryRow(**{**columns, "started_at": datetime.fromisoformat(columns["started_at"])})

@@ -1,0 +1,1 @@
+"""The `msr` command: parses, calls the library, prints; decides nothing."""

@@ -1,0 +1,108 @@
+"""The options that every command takes, and the executor that they describe."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import msr
+
+__all__ = [
+    "ConfigFile",
+    "Debug",
+    "ExecutorPath",
+    "Folder",
+    "Json",
+    "Source",
+    "Url",
+    "executor_from",
+]
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url", metavar="URL", help="The database; default MSR_URL, then DATABASE_URL.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Folder = Annotated[
+    str | None,
+    typer.Option(
+        "--folder", metavar="PATH", help="The folder with the scripts; default MSR_FOLDER, then "
+        "'migrations'.", show_default=False,
+    ),
+]  # fmt: skip
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A TOML file; default msr.toml, then [tool.msr] in "
+        "pyproject.toml.", show_default=False,
+    ),
+]  # fmt: skip
+ExecutorPath = Annotated[
+    str | None,
+    typer.Option(
+        "--executor", metavar="MODULE:ATTRIBUTE", help="Your application's own executor, or a "
+        "function that returns one; instead of --url, --folder and --config.", show_default=False,
+    ),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the executor comes from, as typed."""
+
+    url: str | None
+    folder: str | None
+    config: str | None
+    executor: str | None
+
+
+def executor_from(source: Source, *listeners: msr.Listener) -> msr.MigrationScriptExecutor:
+    """The executor that the options describe. Raises `msr.ConfigError`."""
+    if source.executor is None:
+        return msr.MigrationScriptExecutor.from_url(
+            source.url, folder=source.folder, config_file=source.config, listeners=listeners
+        )
+    for option in ("url", "folder", "config"):
+        if getattr(source, option) is not None:
+            raise msr.ConfigError(
+                "cannot be given together with --executor, which brings its own",
+                source=f"--{option}",
+            )
+    executor = _imported(source.executor)
+    executor.listeners.extend(listeners)
+    return executor
+
+
+def _imported(path: str) -> msr.MigrationScriptExecutor:
+    module_name, colon, attribute = path.partition(":")
+    if not (colon and module_name and attribute):
+        raise _unusable(f"{path!r} is not of the form module:attribute")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # an installed command does not look where it is called
+        sys.path.insert(0, folder)
+    try:
+        found = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+        if callable(found) and not isinstance(found, msr.MigrationScriptExecutor):
+            found = found()
+    except msr.MsrError:
+        raise
+    except Exception as error:
+        raise _unusable(f"{path!r} cannot be loaded, {type(error).__name__}: {error}") from error
+    if not isinstance(found, msr.MigrationScriptExecutor):
+        raise _unusable(f"{path!r} gives {type(found).__name__}, not a MigrationScriptExecutor")
+    return found
+
+
+def _unusable(message: str) -> msr.ConfigError:
+    return msr.ConfigError(message, source="--executor")

@@ -1,0 +1,1 @@
+"""The tests: unit, conformance (every handler), cli, chaos (real processes) and model."""

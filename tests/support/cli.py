@@ -1,0 +1,136 @@
+"""Run the installed `msr` command as a user does: as a process, with its real streams."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+
+__all__ = [
+    "MSR",
+    "Result",
+    "end_started",
+    "run_msr",
+    "start_msr",
+    "wait_until",
+    "wait_until_async",
+    "write_scripts",
+]
+
+T = TypeVar("T")
+
+MSR = Path(sys.executable).with_name("msr")
+"""The script that installing the project puts beside this interpreter."""
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended, and what it wrote."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def run_msr(
+    *arguments: str | Path,
+    input: str | None = None,  # noqa: A002  # the name that subprocess.run has for it
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 30,
+) -> Result:
+    """Run `msr` to its end. `env` adds to the test's environment; without `input`, stdin is empty.
+
+    Raises `subprocess.TimeoutExpired` after `timeout` seconds, when the process has been ended.
+    """
+    done = subprocess.run(
+        [str(MSR), *map(str, arguments)],
+        input=input or "",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        timeout=timeout,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def start_msr(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """Start `msr` in a process group of its own, with pipes for its three streams.
+
+    What still runs when the test is over is ended then, see `end_started`.
+    """
+    process = subprocess.Popen(
+        [str(MSR), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        start_new_session=True,
+    )
+    _started.append(process)
+    return process
+
+
+def end_started() -> None:
+    """End what `start_msr` started and the test left running, with its children, frozen or not."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(BrokenPipeError):  # what it never read
+                    stream.close()
+
+
+def wait_until(predicate: Callable[[], T], timeout: float = 10, interval: float = 0.02) -> T:
+    """The first true value of `predicate`, which is asked again for up to `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"not so within {timeout} s; the last value: {value!r}"
+        time.sleep(interval)
+    return value
+
+
+async def wait_until_async(
+    predicate: Callable[[], Awaitable[T]], timeout: float = 10, interval: float = 0.02
+) -> T:
+    """`wait_until` for an async predicate, without blocking the loop."""
+    deadline = time.monotonic() + timeout
+    while not (value := await predicate()):
+        assert time.monotonic() < deadline, f"not so within {timeout} s; the last value: {value!r}"
+        await anyio.sleep(interval)
+    return value
+
+
+def write_scripts(folder: Path, scripts: Mapping[str, str | bytes]) -> Path:
+    """Write scripts by name, sub-folders included: text dedented, bytes as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in scripts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(textwrap.dedent(content), encoding="utf-8")
+    return folder
