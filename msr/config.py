@@ -203,15 +203,15 @@ def load_config(
 
     `overrides` are `folder`, `table_name`, `url` and `locking`; a mapping is merged, a
     `LockingConfig` replaces the whole table, None means not given. `file` (else `MSR_CONFIG`)
-    names the file and must then exist; otherwise `msr.toml`, or else `pyproject.toml`, is read
-    from `directory` (the current one) if it is there. `environ` is `os.environ` unless given.
-    A relative `folder` in a file is relative to that file.
+    names the file, from `directory` on, and must then exist; otherwise `msr.toml`, or else
+    `pyproject.toml`, is read from `directory` (the current one) if it is there. `environ` is
+    `os.environ` unless given. A relative `folder` in a file is relative to that file.
 
     Raises `ConfigError`, which names the key and the source, also for a key nobody knows.
     """
     environ = os.environ if environ is None else environ
-    directory = (Path() if directory is None else directory).absolute()
-    named = file or environ.get("MSR_CONFIG") or None
+    directory = Path() if directory is None else directory
+    named = file or environ.get("MSR_CONFIG", "").strip()
     merged = {
         **_from_file(directory, named),
         **_from_environment(environ, url_given=overrides.get("url") is not None),
@@ -219,9 +219,9 @@ def load_config(
     }
     locking = LockingConfig(**_values(merged, "locking."))
     values = _values(merged, "")
-    for key in ("locking.table_name", "table_name"):
+    table_name = values.get("table_name", Config().table_name)
+    for key in ("locking.table_name", "table_name"):  # blame the source of the one that was given
         if key in merged:
-            table_name = values.get("table_name", "schema_version")
             _refuse_one_table_for_both(table_name, locking.table_name, merged[key][1])
     return Config(locking=locking, **values)
 
@@ -286,22 +286,23 @@ def _from_environment(environ: Mapping[str, str], *, url_given: bool) -> Layer:
     return layer
 
 
-def _from_file(directory: Path, named: Path | str | None) -> Layer:
+def _from_file(directory: Path, named: Path | str) -> Layer:
     for name in [named] if named else ["msr.toml", "pyproject.toml"]:
         path = directory / name
-        source = str(path)
+        problem = ""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            if named:
-                raise ConfigError("no such configuration file", source=source) from None
-            continue
+            if not named:
+                continue
+            problem = "no such configuration file"
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a path"
-            raise ConfigError(f"cannot be read: {reason}", source=source) from None
-        layer = _layer(_read_toml(data, path), source)
+            problem = f"cannot be read: {getattr(error, 'strerror', None) or 'not a path'}"
+        path = path.absolute()  # only now: with no file this asks the system nothing more
+        _require(not problem, problem, None, str(path))
+        layer = _layer(_read_toml(data, path), str(path))
         if "folder" in layer:
-            layer["folder"] = (path.parent / layer["folder"][0], source)
+            layer["folder"] = (path.parent / layer["folder"][0], str(path))
         return layer
     return {}
 
@@ -323,8 +324,8 @@ def _read_toml(data: bytes, path: Path) -> Mapping[str, Any]:
         lines = data.count(b"\n") + 1
         problem = f"is not valid TOML: {error}"
         problem = problem.replace("at end of document", f"at line {lines}, the end of the file")
-    if problem:  # raised here, so that no context leads to the file's text
-        raise ConfigError(problem, source=str(path))
+    # Out here, so that no context leads to the file's text.
+    _require(not problem, problem, None, str(path))
     if ours:
         return document
     tool = document.get("tool")

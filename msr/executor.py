@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from msr.config import Config, load_config
+from msr.config import Config, LockingConfig, load_config
 from msr.errors import (
     ConfigError,
     DatabaseBusyError,
@@ -35,9 +35,9 @@ from msr.events import (
 )
 from msr.handlers.base import DatabaseHandler, Session, StatementError
 from msr.locking import Lease, LockingService, LockStatus, Owner, hold, renew
-from msr.plan import HistoryRow, Plan, ScriptStatus, describe, make_plan
+from msr.plan import UNFINISHED, HistoryRow, Plan, ScriptStatus, describe, make_plan
 from msr.results import AppliedScript, MigrationResult
-from msr.scripts import PreparedScript, Script, load_scripts, prepare_script
+from msr.scripts import PreparedScript, Problem, Script, load_scripts, prepare_script
 from msr.urls import parse_url
 
 __all__ = ["MigrationScriptExecutor", "migrate"]
@@ -98,11 +98,15 @@ class MigrationScriptExecutor:
         `LockHeldError`, `LockLostError`, `DatabaseError`. Every error that a run raises carries
         what was done until then in `.result`.
         """
-        return await _Run(self, self._wait(wait), self._use_lock(use_lock)).migrate()
+        if use_lock is None:
+            use_lock = self.config.locking.enabled
+        return await _Run(self, self._wait(wait), use_lock).migrate()
 
     async def list(self) -> list[ScriptStatus]:
         """Every script and every history row by version, with its status. Writes nothing."""
-        scripts = await self._load_scripts()
+        scripts, problems = await self._load_scripts()
+        if problems:
+            raise ValidationError(problems)
         async with self.handler.connect(self.config) as session:
             return describe(scripts, await session.read_history())
 
@@ -164,7 +168,7 @@ class MigrationScriptExecutor:
                 timeout=self.config.locking.timeout,
                 wait=self._wait(wait),
                 running=running,
-                on_wait=lambda status, waited: self._tell(WaitingForLock(status, waited)),
+                on_wait=self._on_wait,
             ) as lease:
                 assert lease is not None, "only a run with done= may end without the lock"
                 yield lease
@@ -174,17 +178,14 @@ class MigrationScriptExecutor:
         async with self.handler.connect(self.config) as session:
             yield _required(session.locking)
 
-    async def _load_scripts(self) -> Sequence[Script]:
-        scripts, problems = await anyio.to_thread.run_sync(load_scripts, self.config.folder)
-        if problems:
-            raise ValidationError(problems)
-        return scripts
+    async def _load_scripts(self) -> tuple[Sequence[Script], Sequence[Problem]]:
+        return await anyio.to_thread.run_sync(load_scripts, self.config.folder)
 
     def _wait(self, wait: float | None) -> float:
-        return self.config.locking.wait if wait is None else wait
+        return self.config.locking.wait if wait is None else LockingConfig(wait=wait).wait
 
-    def _use_lock(self, use_lock: bool | None) -> bool:
-        return self.config.locking.enabled if use_lock is None else use_lock
+    def _on_wait(self, status: LockStatus, waited: float) -> None:
+        self._tell(WaitingForLock(status, waited))
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
@@ -204,6 +205,9 @@ class _Run:
         self.wait = wait
         self.use_lock = use_lock
         self.started = time.monotonic()
+        self.scripts: Sequence[Script] = ()
+        self.broken: Sequence[Problem] = ()  # what is wrong with the folder, whatever is pending
+        self.prepared: dict[int, PreparedScript] = {}
         self.executed: list[AppliedScript] = []
         self.pending_before = 0
         self.applied_before = 0
@@ -212,9 +216,9 @@ class _Run:
 
     async def migrate(self) -> MigrationResult:
         try:
-            scripts = await self.executor._load_scripts()
+            self.scripts, self.broken = await self.executor._load_scripts()
             async with self.handler.connect(self.config) as session:
-                await self._migrate(session, scripts)
+                await self._migrate(session)
         except MsrError as error:
             error.result = self.result()
             raise
@@ -231,23 +235,27 @@ class _Run:
             token=self.token,
         )
 
-    async def _migrate(self, session: Session, scripts: Sequence[Script]) -> None:
-        plan = await self._patient_plan(session, scripts)
+    async def _migrate(self, session: Session) -> None:
+        plan = await self._patient_plan(session)
         self.pending_before, self.applied_before = len(plan.pending), len(plan.applied)
-        if not plan.pending:
+        problems = [*self.broken, *_lasting(plan)]
+        self.prepared = await anyio.to_thread.run_sync(self._prepare, plan.pending)
+        problems += [problem for ready in self.prepared.values() for problem in ready.problems]
+        if problems:
+            raise ValidationError(problems)
+        if _is_done(plan):
             return
-        prepared = await anyio.to_thread.run_sync(self._prepare, plan.pending)
         locking = session.locking
         if locking is None or not self.use_lock:
             logger.warning("running %d scripts without the migration lock", len(plan.pending))
-            await self._apply_pending(session, scripts, prepared, None)
+            await self._apply_pending(session, None)
             return
 
         async def done() -> bool:
-            return not (await self._plan(session, scripts)).pending
-
-        def on_wait(status: LockStatus, waited: float) -> None:
-            self.executor._tell(WaitingForLock(status, waited))
+            plan = await self._plan(session)
+            if problems := _lasting(plan):
+                raise ValidationError(problems)
+            return _is_done(plan)
 
         asked = time.monotonic()
         async with hold(
@@ -257,47 +265,40 @@ class _Run:
             wait=self.wait,
             running=_step(plan.pending, 0),
             done=done,
-            on_wait=on_wait,
+            on_wait=self.executor._on_wait,
         ) as lease:
             self.waited = time.monotonic() - asked
             if lease is None:
                 return
             self.token = lease.token
             self.executor._tell(LockAcquired(lease.token, self.waited))
-            await self._apply_pending(session, scripts, prepared, lease)
+            await self._apply_pending(session, lease)
 
-    async def _patient_plan(self, session: Session, scripts: Sequence[Script]) -> Plan:
+    async def _patient_plan(self, session: Session) -> Plan:
         """The first look. A long transaction of the holder may lock out even readers (SQLite)."""
         while True:
             try:
-                return await self._plan(session, scripts)
+                return await self._plan(session)
             except DatabaseBusyError:
                 if time.monotonic() - self.started > self.wait:
                     raise
 
-    async def _plan(self, session: Session, scripts: Sequence[Script]) -> Plan:
-        plan = make_plan(scripts, await session.read_history())
-        if plan.problems:
-            raise ValidationError(plan.problems)
-        return plan
+    async def _plan(self, session: Session) -> Plan:
+        return make_plan(self.scripts, await session.read_history())
 
     def _prepare(self, pending: Sequence[Script]) -> dict[int, PreparedScript]:
-        prepared = [prepare_script(script, self.handler.dialect) for script in pending]
-        problems = [problem for script in prepared for problem in script.problems]
-        if problems:
-            raise ValidationError(problems)
-        return {script.version: ready for script, ready in zip(pending, prepared, strict=True)}
+        return {script.version: prepare_script(script, self.handler.dialect) for script in pending}
 
     async def _apply_pending(
         self,
         session: Session,
-        scripts: Sequence[Script],
-        prepared: dict[int, PreparedScript],
         lease: Lease | None,
     ) -> None:
         await session.create_history()
-        plan = await self._plan(session, scripts)  # another may have applied some meanwhile
-        if not all(prepared[script.version].transaction for script in plan.pending):
+        plan = await self._plan(session)  # another may have applied some meanwhile
+        if plan.problems:
+            raise ValidationError(plan.problems)
+        if not all(self.prepared[script.version].transaction for script in plan.pending):
             await session.require_outside_transaction()
         for index, script in enumerate(plan.pending):
             if lease is not None and lease.is_due and session.locking is not None:
@@ -306,7 +307,7 @@ class _Run:
             self.executor._tell(ScriptStarted(script.label, number, total))
             started = time.monotonic()
             next_step = _step(plan.pending, number)
-            await self._apply(session, script, prepared[script.version], lease, next_step)
+            await self._apply(session, script, lease, next_step)
             duration = time.monotonic() - started
             self.executed.append(AppliedScript(script.version, script.name, script.label, duration))
             self.executor._tell(ScriptApplied(script.label, number, total, duration))
@@ -315,10 +316,10 @@ class _Run:
         self,
         session: Session,
         script: Script,
-        prepared: PreparedScript,
         lease: Lease | None,
         next_step: str | None,
     ) -> None:
+        prepared = self.prepared[script.version]
         started = time.monotonic()
         row = HistoryRow(
             version=script.version,
@@ -410,6 +411,15 @@ def _required(locking: LockingService | None) -> LockingService:
     if locking is None:
         raise LockError("Locking service is not available in your database handler")
     return locking
+
+
+def _lasting(plan: Plan) -> list[Problem]:
+    """The problems that stand whoever holds the lock; an unfinished script may be running now."""
+    return [problem for problem in plan.problems if problem.rule != UNFINISHED]
+
+
+def _is_done(plan: Plan) -> bool:
+    return not plan.pending and not plan.problems
 
 
 def _step(pending: Sequence[Script], index: int) -> str | None:

@@ -301,7 +301,7 @@ async def _acquire(
             raise LockHeldError(_refusal(status, waited), status=status, waited=waited)
         if on_wait is not None:
             on_wait(status, waited)
-        jittered = pause * random.uniform(0.8, 1.2)  # noqa: S311  # not for cryptography
+        jittered = pause * random.uniform(0.8, 1.2)
         await service.wait(min(jittered, wait - waited))
         pause = min(pause * 1.5, LAST_POLL)
 
@@ -351,7 +351,10 @@ async def _watch(lease: Lease, lose: Callable[[str], None]) -> None:
     while lease.secured or time.monotonic() < lease.trusted_until:
         remaining = lease.trusted_until - time.monotonic()
         await anyio.sleep(max(remaining, 0.05))
-    lose("the migration lock could not be renewed in time; the database did not answer")
+    lose(
+        "the migration lock was not renewed before its lease ran out: the database did not answer, "
+        "or this process stood still"
+    )
 
 
 async def _release(service: LockingService, connect: Connect, lease: Lease) -> bool | None:

@@ -13,7 +13,10 @@ from typing import Literal
 
 from msr.scripts import Problem, Script
 
-__all__ = ["HistoryRow", "Plan", "ScriptStatus", "Status", "describe", "make_plan"]
+__all__ = ["UNFINISHED", "HistoryRow", "Plan", "ScriptStatus", "Status", "describe", "make_plan"]
+
+UNFINISHED = "unfinished"
+"""The rule of a script that was started and not finished: a problem, unless its holder lives."""
 
 Status = Literal["applied", "pending", "changed", "missing", "out-of-order", "unfinished"]
 
@@ -119,7 +122,7 @@ _RULES: dict[Status, tuple[str, str]] = {
         "is older than version {newest}, which is applied already: rename it to a newer version",
     ),
     "unfinished": (
-        "unfinished",
+        UNFINISHED,
         (
             "was started outside a transaction and never recorded as finished: check by hand what "
             "it did; if all of it is done run 'msr repair {version} --applied', else undo its "

@@ -29,7 +29,15 @@ from typing import Any, Literal
 from msr.errors import ConfigError
 from msr.sql import Dialect, check_statements, is_transactional
 
-__all__ = ["Problem", "PythonScript", "Script", "check_script", "load_python", "load_scripts"]
+__all__ = [
+    "PreparedScript",
+    "Problem",
+    "PythonScript",
+    "Script",
+    "load_python",
+    "load_scripts",
+    "prepare_script",
+]
 
 _NAME = re.compile(
     r"V(?P<version>[0-9]{1,18})_+(?P<name>[^_.].*?)(?P<suffix>\.up\.sql|\.down\.sql|\.sql|\.py)"
@@ -84,6 +92,19 @@ class PythonScript:
     transaction: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedScript:
+    """A pending script, ready to run unless it has `problems`.
+
+    `transaction` is False for a script that opted out of it. `up` is the function of a Python
+    script and None for SQL, whose text is what runs.
+    """
+
+    transaction: bool
+    up: Callable[[Any], Coroutine[Any, Any, object]] | None = None
+    problems: tuple[Problem, ...] = ()
+
+
 def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
     """Read every script below `folder`, in order of version, and name everything wrong with it.
 
@@ -130,17 +151,18 @@ def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
     return scripts, problems + list(_duplicates(scripts))
 
 
-def check_script(script: Script, dialect: Dialect) -> list[Problem]:
-    """What can be known to be wrong with a pending script without running it."""
-    if not script.checksum:
-        return []  # unreadable, and reported as such by load_scripts
+def prepare_script(script: Script, dialect: Dialect) -> PreparedScript:
+    """Check and load a pending script, as far as that goes without a database."""
     if script.kind == "python":
         loaded = load_python(script)
-        return [] if isinstance(loaded, PythonScript) else loaded
-    return [
+        if isinstance(loaded, PythonScript):
+            return PreparedScript(loaded.transaction, loaded.up)
+        return PreparedScript(transaction=True, problems=tuple(loaded))
+    problems = (
         Problem(rule, script.label, message, line)
         for rule, line, message in check_statements(script.text, dialect)
-    ]
+    )
+    return PreparedScript(is_transactional(script.text), problems=tuple(problems))
 
 
 def load_python(script: Script) -> PythonScript | list[Problem]:
@@ -153,7 +175,7 @@ def load_python(script: Script) -> PythonScript | list[Problem]:
     file = str(script.path)
     try:
         code = compile(script.text, file, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte, before Python 3.11.4
         line = error.lineno if isinstance(error, SyntaxError) else None
         what = error.msg if isinstance(error, SyntaxError) else str(error)
         return [Problem("python-syntax", script.label, f"not valid Python: {what}", line)]
@@ -259,24 +281,3 @@ def _duplicates(scripts: list[Script]) -> Iterator[Problem]:
         if other is not script:
             message = f"has the same version as {other.label}: give one of them another"
             yield Problem("duplicate-version", script.label, message)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedScript:
-    """A pending script, ready to run. `up` is None for SQL, whose text is what runs."""
-
-    transaction: bool
-    up: Callable[[Any], Coroutine[Any, Any, object]] | None = None
-    problems: tuple[Problem, ...] = ()
-
-
-def prepare_script(script: Script, dialect: Dialect) -> PreparedScript:
-    """Check a pending script and load it; what is wrong with it is in `problems`."""
-    if script.kind == "sql":
-        return PreparedScript(
-            is_transactional(script.text), problems=tuple(check_script(script, dialect))
-        )
-    loaded = load_python(script)
-    if isinstance(loaded, PythonScript):
-        return PreparedScript(loaded.transaction, loaded.up)
-    return PreparedScript(True, problems=tuple(loaded))

@@ -134,8 +134,8 @@ def check_statements(script: str, dialect: Dialect) -> list[Finding]:
             found += _check_transaction(statement)
         client = list(_check_client(statement, dialect))
         found += client
-        if any(rule == "client-copy" for rule, _, _ in client):
-            break  # what follows may be data
+        if any(message.startswith("COPY FROM STDIN") for _, _, message in client):
+            break  # what follows is data
     return found
 
 

@@ -10,6 +10,7 @@ Which PostgreSQL the tests use can be chosen:
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,15 @@ POSTGRES_FSYNC = os.environ.get("MSR_TEST_POSTGRES_FSYNC", "off") == "on"
 # What a driver or a terminal library would read behind our back.
 FOREIGN_VARIABLES = {"DATABASE_URL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"}
 
-# A busy machine makes one example slow; the time limit of the test stands.
-hypothesis.settings.register_profile("msr", deadline=None)
+# A busy machine makes one example slow, and the time limit of the test stands. A failure prints
+# how to repeat it, so nothing is kept on disk.
+hypothesis.settings.register_profile("msr", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("msr")
+
+
+def pytest_configure() -> None:
+    """Let SIGTERM end the run as an interrupt does: the fixtures then stop their servers."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _start_postgres() -> LocalPostgres:

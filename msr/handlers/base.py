@@ -9,10 +9,11 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from msr.config import Config
+from msr.errors import DatabaseError
 from msr.locking import Lease, LockingService
 from msr.plan import HistoryRow
 
-__all__ = ["DatabaseHandler", "Session", "StatementError", "history_row"]
+__all__ = ["DatabaseHandler", "Session", "StatementError", "foreign_table", "history_row"]
 
 
 class StatementError(Exception):
@@ -103,3 +104,11 @@ def history_row(values: Sequence[Any]) -> HistoryRow:
     """A row of the history from its columns, in the order of the class, the time as ISO text."""
     columns = dict(zip(_COLUMNS, values, strict=True))
     return HistoryRow(**{**columns, "started_at": datetime.fromisoformat(columns["started_at"])})
+
+
+def foreign_table(config: Config, sentence: str) -> DatabaseError:
+    """The error for a table of ours that turns out to have other columns."""
+    return DatabaseError(
+        f"a table named {config.locking.table_name} or {config.table_name} exists but was not made "
+        f"by msr ({sentence}): set locking.table_name and table_name to names of your own"
+    )

@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+HANDLER = {"config", "errors", "handlers.base", "locking", "plan", "sql", "urls"}
+
 # module of msr -> the modules of msr that it may import when it is loaded.
 ARROWS: dict[str, set[str]] = {
     "__init__": {"*"},  # it re-exports
@@ -38,8 +40,10 @@ ARROWS: dict[str, set[str]] = {
     },
     "handlers.__init__": set(),
     "handlers.base": {"config", "errors", "locking", "plan", "scripts"},
-    "handlers.postgres": {"config", "errors", "handlers.base", "locking", "plan", "sql", "urls"},
-    "handlers.sqlite": {"config", "errors", "handlers.base", "locking", "plan", "sql", "urls"},
+    "handlers.postgres": {"handlers.postgres_lock", *HANDLER},
+    "handlers.postgres_lock": {"errors", "locking"},
+    "handlers.sqlite": {"handlers.sqlite_lock", *HANDLER},
+    "handlers.sqlite_lock": {"errors", "locking"},
 }
 
 # What a module may import besides, inside a function that needs it.
@@ -49,12 +53,12 @@ LAZY_ARROWS: dict[str, set[str]] = {
 
 # Outside the standard library, msr needs anyio; these may be imported by the modules named.
 LAZY_DRIVERS: dict[str, set[str]] = {
-    "asyncpg": {"handlers.postgres"},
+    "asyncpg": {"handlers.postgres", "handlers.postgres_lock"},
     "aiosqlite": {"handlers.sqlite"},
 }
 
 # Who may import sqlite3 at all; `test_import_loads_no_driver` holds when.
-SQLITE3 = {"handlers.sqlite", "sql"}
+SQLITE3 = {"handlers.sqlite", "handlers.sqlite_lock", "sql"}
 
 UNWANTED = {"aiosqlite", "asyncpg", "click", "pydantic", "rich", "sqlite3", "typer"}
 

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msr.errors import ConfigError
-from msr.scripts import Problem, PythonScript, Script, check_script, load_python, load_scripts
+from msr.scripts import (
+    PreparedScript,
+    Problem,
+    PythonScript,
+    Script,
+    load_python,
+    load_scripts,
+    prepare_script,
+)
 
 UP = "async def up(db): pass\n"
 
@@ -202,7 +210,6 @@ def test_not_utf8(tmp_path: Path) -> None:
     assert (problem.rule, problem.line) == ("not-utf8", 2)
     assert "byte 7:" in problem.message
     assert (script.checksum, script.text) == ("", "")
-    assert check_script(script, "postgresql") == []
 
 
 @pytest.mark.parametrize("kind", ["dangling", "loop", "pipe"])
@@ -249,7 +256,8 @@ def test_linked_folders(tmp_path: Path) -> None:
     write(folder, "V1_x.sql")
     (folder / "linked").symlink_to(outside)
     (folder / "linked-again").symlink_to(outside)
-    (folder / "self").symlink_to(folder)
+    for name in ("self", "myself"):  # two, so that following them would double at each level
+        (folder / name).symlink_to(folder)
     scripts, problems = load_scripts(folder)
     assert [s.version for s in scripts] == [1, 2]
     assert problems == []
@@ -314,7 +322,8 @@ def test_python_script(tmp_path: Path) -> None:
 
 def test_python_defaults(tmp_path: Path) -> None:
     """Without more than `up`, a Python script runs in a transaction and has no way back."""
-    loaded = load_python(python(tmp_path, UP))
+    annotated = "def f(x: int): pass\nassert f.__annotations__ == {'x': int}"
+    loaded = load_python(python(tmp_path, f"{UP}{annotated}"))
     assert isinstance(loaded, PythonScript)
     assert (loaded.down, loaded.transaction) == (None, True)
 
@@ -327,6 +336,7 @@ def test_python_defaults(tmp_path: Path) -> None:
         (f"{UP}import no_such_module\n", [("python-import", 2, "'no_such_module'")]),
         (f"def f():\n  int('x')\n{UP}f()\n", [("python-import", 2, "ValueError")]),
         (f"{UP}raise SystemExit(3)\n", [("python-import", 2, "SystemExit: 3")]),
+        (f"{UP}raise ValueError('a\\n\\n b')", [("python-import", 2, "ValueError: a b")]),
         ("", [("python-up", None, "has no")]),
         ("def up(db): pass", [("python-up", None, "not a plain 'async def")]),
         ("async def up(): pass", [("python-up", None, "async def up(db)")]),
@@ -341,7 +351,7 @@ def test_python_problems(
     tmp_path: Path, text: str, expected: list[tuple[str, int | None, str]]
 ) -> None:
     """Everything wrong with a Python script becomes a problem with its line, not a traceback."""
-    problems = check_script(python(tmp_path, text), "sqlite")
+    problems = prepare_script(python(tmp_path, text), "sqlite").problems
     assert [(p.rule, p.line) for p in problems] == [(rule, line) for rule, line, _ in expected]
     for problem, (_, _, words) in zip(problems, expected, strict=True):
         assert words in problem.message
@@ -360,12 +370,29 @@ def test_interrupt_is_not_swallowed(tmp_path: Path) -> None:
         load_python(python(tmp_path, "raise KeyboardInterrupt"))
 
 
-def test_check_sql_script(tmp_path: Path) -> None:
-    """The problems of an SQL script name its file and their lines."""
-    write(tmp_path, "sub/V1_x.sql", text="SELECT 1;\nCOMMIT;\n")
+def test_prepared_python_script(tmp_path: Path) -> None:
+    """A Python script is prepared with its function and what it says about the transaction."""
+    prepared = prepare_script(python(tmp_path, f"{UP}transaction = False"), "sqlite")
+    assert (prepared.transaction, prepared.problems) == (False, ())
+    assert prepared.up is not None
+    assert prepared.up.__name__ == "up"
+
+
+@pytest.mark.parametrize(
+    ("text", "transaction"), [("SELECT 1;", True), ("-- msr: no-transaction\nCOMMIT;", False)]
+)
+def test_prepared_sql_script(tmp_path: Path, text: str, transaction: bool) -> None:
+    """An SQL script is prepared with what its directive says about the transaction."""
+    write(tmp_path, "V1_x.sql", text=text)
+    assert prepare_script(load_one(tmp_path), "postgresql") == PreparedScript(transaction)
+
+
+def test_problems_of_an_sql_script(tmp_path: Path) -> None:
+    """The problems of an SQL script name its file and their lines, as its dialect has it."""
+    write(tmp_path, "sub/V1_x.sql", text="SELECT 1, [;\nCOMMIT;];")
     script = load_one(tmp_path)
-    assert [(p.rule, p.file, p.line) for p in check_script(script, "postgresql")] == [
+    problems = prepare_script(script, "postgresql").problems
+    assert [(p.rule, p.file, p.line) for p in problems] == [
         ("transaction-control", "sub/V1_x.sql", 2)
     ]
-    write(tmp_path, "sub/V1_x.sql", text="SELECT [;];")
-    assert check_script(load_one(tmp_path), "sqlite") == []
+    assert prepare_script(script, "sqlite").problems == ()

@@ -62,6 +62,11 @@ POSTGRES = {
         "CREATE PROCEDURE p() AS 'x'; BEGIN; SELECT atomic;",
         ["CREATE PROCEDURE p() AS 'x';", "BEGIN;", "SELECT atomic;"],
     ),
+    "type called atomic": (
+        "CREATE FUNCTION f() RETURNS atomic AS 'x'; SELECT 2",
+        ["CREATE FUNCTION f() RETURNS atomic AS 'x';", "SELECT 2"],
+    ),
+    "no function, no body": ("DO BEGIN ATOMIC; S", ["DO BEGIN ATOMIC;", "S"]),
     "case outside a body": (
         "SELECT CASE WHEN a THEN b END; S",
         ["SELECT CASE WHEN a THEN b END;", "S"],
@@ -298,7 +303,7 @@ def test_pragma_foreign_keys(script: str, rules: list[str]) -> None:
     ("script", "directives"),
     [
         ("-- msr: no-transaction\nSELECT 1;", [(1, "no-transaction")]),
-        ("\n-- a\n/* b */\n--MSR:no-transaction \nSELECT 1;", [(4, "no-transaction")]),
+        ("\n-- a\n/* b\n */\n--MSR:no-transaction \nSELECT 1;", [(5, "no-transaction")]),
         ("-- msr: a\n-- msr: b", [(1, "a"), (2, "b")]),
         ("SELECT 1;\n-- msr: no-transaction", []),
         ("-- about msr: no-transaction\nSELECT 1;", []),

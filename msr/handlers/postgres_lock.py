@@ -1,0 +1,356 @@
+"""The lock on PostgreSQL: a row, and a session lock that proves life.
+
+A holder owns two things, taken in this order and given back in the reverse order: a session-level
+advisory lock on a key, and the row. The row is the authority; the key proves life, because the
+server drops it with the session. So whoever has the key and finds a row whose holder had it too
+knows that holder to be dead, and takes over at once.
+
+    key free,  row free or expired               take it
+    key free,  row held, its holder had the key  take it: the holder's session is gone
+    key free,  row held by a pooled holder       wait for the lease
+    key taken, row held                          wait
+    key taken, row expired                       frozen holder: free the row under a new token (its
+                                                 commit is now doomed), then end its session
+    key taken, row free                          a release in progress, or a doomed holder: after
+                                                 two seconds of grace end its session
+
+No statement waits for another session: the session lock is only ever tried for, and the row is
+taken with `SKIP LOCKED`. A refused attempt costs no transaction id and writes nothing.
+
+Behind a pooler (the server's pid is not the one that the connection was greeted with) a session
+lock proves nothing: then there is the lease and the fence only, every statement travels in a
+transaction of its own so that it meets one server session, and nothing is LISTENed to.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from msr.errors import DatabaseError, DatabaseUnreachableError, LockBlockedError
+from msr.locking import ForcedRelease, Lease, LockStatus, Owner
+
+if TYPE_CHECKING:
+    from msr.handlers.postgres import PostgresSession
+
+__all__ = ["PostgresLocking"]
+
+GRACE = 2.0
+"""Seconds that a session may keep the key without the row before it is taken for a doomed one."""
+
+BLOCKED_AFTER = 1.0
+"""Seconds that a forced release tries to pass a holder's commit before it gives up."""
+
+# The statements. {lock} and {token} are quoted identifiers; values travel as $n.
+
+IDENTIFY = """
+SELECT pg_backend_pid() AS pid, hashtextextended(
+    format('msr %s %s %s', coalesce(
+        (SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($1)),
+        current_schema()), $1::text, $2::text) COLLATE "C", 0) AS key
+"""
+
+# A statement that runs on after its client died keeps the key: have the server look for the client.
+# Not every server knows, or can do, each of these; then set_config is not called or fails alone.
+WATCH_CLIENT = """
+SELECT set_config(name, '500', false) FROM pg_settings
+WHERE name = 'client_connection_check_interval'
+"""
+
+CREATE_LOCK = """
+CREATE SEQUENCE IF NOT EXISTS {token};
+CREATE TABLE IF NOT EXISTS {lock} (
+    name text PRIMARY KEY,
+    token bigint NOT NULL DEFAULT 0,
+    locked_by text,
+    locked_at timestamptz,
+    renewed_at timestamptz,
+    expires_at timestamptz,
+    process_id integer,
+    hostname text,
+    session integer,
+    running text,
+    released_at timestamptz,
+    released_by text,
+    release_reason text,
+    released_token bigint,
+    UNIQUE (name, token)
+);
+"""
+
+CREATE_ROW = "INSERT INTO {lock} (name) VALUES ($1) ON CONFLICT DO NOTHING"
+
+# {key} is whoever holds the advisory lock now; its 64 bits stand in two columns of pg_locks.
+KEY_HOLDER = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND objsubid = 1
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND classid = (($2::bigint >> 32) & 4294967295)::oid AND objid = ($2::bigint & 4294967295)::oid
+"""
+
+READ_STATUS = """
+SELECT l.*, clock_timestamp() AS checked_at,
+       coalesce(l.expires_at <= clock_timestamp(), false) AS is_expired,
+       (KEY_HOLDER LIMIT 1) AS key_holder
+FROM (SELECT) AS always LEFT JOIN {lock} AS l ON l.name = $1
+""".replace("KEY_HOLDER", KEY_HOLDER)
+
+# SKIP LOCKED: neither the fence of a frozen holder nor another acquirer makes this statement wait.
+ACQUIRE = """
+WITH free AS (
+    SELECT name, locked_by FROM {lock} AS l
+    WHERE name = $1
+      AND (locked_by IS NULL OR expires_at <= clock_timestamp()
+           OR (session IS NOT NULL AND $7::integer IS NOT NULL)) -- $7: we have the key
+      AND NOT EXISTS (SELECT FROM (KEY_HOLDER) AS k WHERE k.pid <> pg_backend_pid())
+    FOR UPDATE SKIP LOCKED
+), taken AS (
+    UPDATE {lock} AS l SET
+        token = nextval('{token}'), locked_by = $3, locked_at = t.now, renewed_at = t.now,
+        expires_at = t.now + $4 * interval '1 second', process_id = $5, hostname = $6,
+        session = $7, running = $8
+    FROM free, (SELECT clock_timestamp() AS now) AS t
+    WHERE l.name = free.name
+    RETURNING l.token
+)
+SELECT token, CASE WHEN free.locked_by IS NOT NULL THEN pg_notify($9, '') END FROM taken, free
+""".replace("KEY_HOLDER", KEY_HOLDER)
+
+RENEW = """
+UPDATE {lock} SET renewed_at = t.now, expires_at = t.now + $4 * interval '1 second', running = $5
+FROM (SELECT clock_timestamp() AS now) AS t
+WHERE name = $1 AND token = $2 AND locked_by = $3
+"""
+
+FREE = """
+locked_by = NULL, locked_at = NULL, renewed_at = NULL, expires_at = NULL, process_id = NULL,
+hostname = NULL, session = NULL, running = NULL
+"""
+
+RELEASE = "UPDATE {lock} SET FREE WHERE name = $1 AND token = $2 AND locked_by = $3".replace(
+    "FREE", FREE
+)
+
+FORCE_RELEASE = """
+WITH freed AS (
+    UPDATE {lock} SET FREE, token = nextval('{token}'), released_at = clock_timestamp(),
+        released_by = $3, release_reason = $4, released_token = token
+    WHERE name IN (
+        SELECT name FROM {lock}
+        WHERE name = $1 AND token = $2 AND locked_by IS NOT NULL
+          AND (NOT $5 OR expires_at <= clock_timestamp())
+        FOR UPDATE SKIP LOCKED)
+    RETURNING name
+)
+SELECT name, pg_notify($6, '') FROM freed
+""".replace("FREE", FREE)
+
+END_SESSION = "SELECT pg_terminate_backend(pid) FROM (KEY_HOLDER) AS k WHERE pid = $1".replace(
+    "KEY_HOLDER", KEY_HOLDER
+)
+
+
+class PostgresLocking:
+    """The lock of one session; see the top of this file."""
+
+    def __init__(self, session: PostgresSession) -> None:
+        self._session = session
+        self._name = session.config.locking.name
+        self._key: int | None = None
+        self._has_key = False
+        self._suspect: tuple[int, float] | None = None  # a session with the key but not the row
+        self._obstacle: str | None = None
+        self._news: anyio.Event | None = None
+
+    async def acquire(
+        self, owner: Owner, timeout: float, running: str | None
+    ) -> Lease | LockStatus:
+        key = await self.identify()
+        session = self._session
+        if not session.pooled:
+            if not self._has_key:
+                [[self._has_key]] = await session.fetch("SELECT pg_try_advisory_lock($1)", key)
+            if not self._has_key:
+                return await self._refused(owner)
+        pid = None if session.pooled else session.connection.get_server_pid()
+        for create in (self._create_row, None):
+            rows = await self._fetch_lock(
+                ACQUIRE,
+                *(self._name, key, owner.locked_by, timeout, owner.process_id, owner.hostname),
+                *(pid, running, self._channel),
+            )
+            if rows:
+                return Lease(self._name, rows[0]["token"], owner.locked_by, timeout, running)
+            if create is not None:
+                await create()
+        if self._has_key:
+            await session.fetch("SELECT pg_advisory_unlock($1)", key)
+            self._has_key = False
+        return await self.get_status()
+
+    async def renew(self, lease: Lease) -> bool:
+        values = (lease.name, lease.token, lease.locked_by, lease.timeout, lease.running)
+        return await self._change(RENEW, *values)
+
+    async def release(self, lease: Lease) -> bool:
+        released = await self._change(RELEASE, lease.name, lease.token, lease.locked_by)
+        key = await self.identify()
+        # The announcement comes after the key is free, or a waiter would wake up too early.
+        if self._has_key:
+            await self._session.fetch(
+                "SELECT pg_advisory_unlock($1), pg_notify($2, '')", key, self._channel
+            )
+            self._has_key = False
+        else:
+            await self._session.fetch("SELECT pg_notify($1, '')", self._channel)
+        return released
+
+    async def get_status(self) -> LockStatus:
+        import asyncpg
+
+        key = await self.identify()
+        try:
+            [row] = await self._session.fetch(READ_STATUS, self._name, key)
+        except asyncpg.UndefinedTableError:
+            return LockStatus(name=self._name)
+        return self._status(row)
+
+    async def force_release(
+        self, token: int, *, by: str, reason: str | None, terminate: bool
+    ) -> bool:
+        key = await self.identify()
+        deadline = time.monotonic() + BLOCKED_AFTER
+        while True:
+            [row] = await self._session.fetch(READ_STATUS, self._name, key)
+            if row["token"] != token or row["locked_by"] is None:
+                return False
+            freed = await self._free(token, by, reason, only_expired=False)
+            if terminate and row["session"] is not None:
+                await self._end_session(row["session"])
+            if freed:
+                return True
+            if time.monotonic() > deadline:
+                raise LockBlockedError(
+                    f"the lock's row is held by an open transaction, most likely that of the "
+                    f"holder {row['locked_by']} (database session {row['session'] or 'unknown'}, "
+                    f"running {row['running'] or 'nothing it told'}); nothing was released: end "
+                    "that session with --terminate, which rolls its script back"
+                )
+            await anyio.sleep(0.05)
+
+    async def wait(self, seconds: float) -> bool:
+        if self._session.pooled:
+            await anyio.sleep(seconds)
+            return False
+        if self._news is None:
+            self._news = anyio.Event()
+            with self._session.explained():
+                await self._session.connection.add_listener(self._channel, self._hear)
+        with anyio.move_on_after(seconds) as scope:
+            await self._news.wait()
+        if not scope.cancelled_caught:
+            self._news = anyio.Event()
+        elif self._session.connection.is_closed():
+            raise DatabaseUnreachableError("the connection to the database was lost")
+        return not scope.cancelled_caught
+
+    async def identify(self) -> int:
+        """The advisory lock's key; learns on the way whether a pooler stands between."""
+        if self._key is None:
+            session = self._session
+            [row] = await session.fetch(IDENTIFY, session.names["lock"], self._name)
+            session.pooled = row["pid"] != session.connection.get_server_pid()
+            if not session.pooled:
+                with suppress(DatabaseError):
+                    await session.fetch(WATCH_CLIENT)
+            self._key = int(row["key"])
+        return self._key
+
+    @property
+    def _channel(self) -> str:
+        return f"msr_{(self._key or 0) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+    def _hear(self, *_: object) -> None:
+        if self._news is not None:
+            self._news.set()
+
+    async def _fetch_lock(self, query: str, *values: object) -> list[Any]:
+        """A statement on the lock table, which is made where it is missing."""
+        import asyncpg
+
+        try:
+            return await self._session.fetch(query, *values)
+        except asyncpg.UndefinedTableError:
+            await self._session.create(CREATE_LOCK)
+            return await self._session.fetch(query, *values)
+
+    async def _create_row(self) -> None:
+        await self._session.fetch(CREATE_ROW, self._name)
+
+    async def _change(self, query: str, *values: object) -> bool:
+        import asyncpg
+
+        try:
+            return bool(await self._session.fetch(query + " RETURNING 1", *values))
+        except asyncpg.UndefinedTableError:
+            return False
+
+    async def _refused(self, owner: Owner) -> LockStatus:
+        """Another session has the key. Judge it, and end it if it is frozen or doomed."""
+        import asyncpg
+
+        try:
+            [row] = await self._session.fetch(READ_STATUS, self._name, await self.identify())
+        except asyncpg.UndefinedTableError:
+            return LockStatus(name=self._name)
+        pid, now = row["key_holder"], time.monotonic()
+        if row["locked_by"] is None and pid is not None:
+            if self._suspect is None or self._suspect[0] != pid:
+                self._suspect = (pid, now)
+            elif now - self._suspect[1] > GRACE:
+                await self._end_session(pid)
+        else:
+            self._suspect = None
+            if row["is_expired"] and pid is not None:
+                await self._free(row["token"], owner.locked_by, "the lease expired", True)
+                await self._end_session(pid)
+        return self._status(row)
+
+    async def _free(self, token: int, by: str, reason: str | None, only_expired: bool) -> bool:
+        values = (self._name, token, by, reason, only_expired, self._channel)
+        return bool(await self._session.fetch(FORCE_RELEASE, *values))
+
+    async def _end_session(self, pid: int) -> None:
+        try:
+            await self._session.fetch(END_SESSION, pid, self._key)
+        except DatabaseError as error:
+            self._obstacle = f"its database session {pid} still runs and cannot be ended: {error}"
+
+    def _status(self, row: Any) -> LockStatus:
+        if row["locked_by"] is None:
+            holder = None
+        elif row["session"] is None:
+            holder = "unknown"
+        else:
+            holder = "alive" if row["key_holder"] == row["session"] else "gone"
+        release = None
+        if row["released_at"] is not None:
+            release = ForcedRelease(
+                row["released_at"],
+                row["released_by"],
+                row["release_reason"],
+                row["released_token"],
+            )
+        same = ("token", "locked_by", "locked_at", "renewed_at", "expires_at", "process_id")
+        more = ("hostname", "running", "is_expired", "checked_at")
+        return LockStatus(
+            name=self._name,
+            is_locked=row["locked_by"] is not None,
+            holder=holder,  # type: ignore[arg-type]  # one of the three words above
+            forced_release=release,
+            obstacle=self._obstacle,
+            **{column: row[column] for column in same + more},
+        )

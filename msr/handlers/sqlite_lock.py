@@ -1,0 +1,359 @@
+"""The lock on SQLite: a row, and an operating system lock that proves life.
+
+Life is proved by `flock` on a small file beside the database, named on the row and held as long as
+the lock. The kernel drops it when the process dies, in whatever container; process ids would lie
+across namespaces. Every token has a file of its own, so a frozen former holder never stands in its
+successor's way. Being able to take the file's lock proves a death; being unable to, or finding no
+file, proves nothing, and the lease decides.
+
+    row free or expired            take it
+    row held, its file unlocked    take it: the holder's process is gone
+    row held                       wait
+
+Taking means a short `BEGIN IMMEDIATE`; a waiter looks before it asks for that. While a script's
+transaction is open nobody can take anything, which is what keeps its lease safe (see `sqlite`).
+
+The clock is SQLite's `now`, the host's clock; times are text in UTC, which sorts as it reads.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+
+from msr.errors import ConfigError, DatabaseBusyError, DatabaseError, LockBlockedError
+from msr.locking import ForcedRelease, Lease, LockStatus, Owner
+
+if TYPE_CHECKING:
+    from msr.handlers.sqlite import SqliteSession
+
+try:
+    import fcntl
+except ImportError:  # Windows: no proof of death there, the lease decides
+    fcntl = None  # type: ignore[assignment]  # a module, or its absence
+
+__all__ = ["RENEW", "SqliteLocking", "lease_values", "read_rows", "write"]
+
+ATTEMPT_BUSY = 0.1
+CHANGE_BUSY = 5.0
+"""Seconds to wait for other connections: to try for the lock, to renew or release it."""
+
+LONGEST_POLL = 0.06
+"""Seconds between two looks at the lock: nothing announces a release here, and a look is cheap."""
+
+BLOCKED_AFTER = 1.0
+"""Seconds that a forced release tries to pass a holder's commit before it gives up."""
+
+# The statements. {lock} and {token} are quoted identifiers; values travel as :name.
+
+NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+
+EXPIRY = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', :timeout || ' seconds')"
+
+CREATE_LOCK = (
+    "CREATE TABLE IF NOT EXISTS {token} (value INTEGER NOT NULL)",
+    "INSERT INTO {token} SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM {token})",
+    """
+    CREATE TABLE IF NOT EXISTS {lock} (
+        name TEXT PRIMARY KEY,
+        token INTEGER NOT NULL DEFAULT 0,
+        locked_by TEXT,
+        locked_at TEXT,
+        renewed_at TEXT,
+        expires_at TEXT,
+        process_id INTEGER,
+        hostname TEXT,
+        session TEXT,
+        running TEXT,
+        released_at TEXT,
+        released_by TEXT,
+        release_reason TEXT,
+        released_token INTEGER,
+        UNIQUE (name, token)
+    )
+    """,
+)
+
+CREATE_ROW = "INSERT INTO {lock} (name) VALUES (:name) ON CONFLICT DO NOTHING"
+
+STATUS_COLUMNS = (
+    *("name", "token", "locked_by", "locked_at", "renewed_at", "expires_at", "process_id"),
+    *("hostname", "session", "running", "released_at", "released_by", "release_reason"),
+    "released_token",
+)
+
+READ_STATUS = (
+    f"SELECT {', '.join(STATUS_COLUMNS)}, {NOW} AS checked_at, "
+    f"coalesce(expires_at <= {NOW}, 0) AS is_expired FROM {{lock}} WHERE name = :name"
+)
+
+NEXT_TOKEN = "UPDATE {token} SET value = value + 1"
+
+LAST_TOKEN = "(SELECT value FROM {token})"
+
+ACQUIRE = f"""
+UPDATE {{lock}} SET token = {LAST_TOKEN}, locked_by = :locked_by, locked_at = {NOW},
+    renewed_at = {NOW}, expires_at = {EXPIRY}, process_id = :process_id, hostname = :hostname,
+    session = :session, running = :running
+WHERE name = :name
+"""
+
+RENEW = f"""
+UPDATE {{lock}} SET renewed_at = {NOW}, expires_at = {EXPIRY}, running = :running
+WHERE name = :name AND token = :token AND locked_by = :locked_by
+"""
+
+FREE = """
+locked_by = NULL, locked_at = NULL, renewed_at = NULL, expires_at = NULL, process_id = NULL,
+hostname = NULL, session = NULL, running = NULL
+"""
+
+RELEASE = f"""
+UPDATE {{lock}} SET {FREE} WHERE name = :name AND token = :token AND locked_by = :locked_by
+"""
+
+FORCE_RELEASE = f"""
+UPDATE {{lock}} SET {FREE}, token = {LAST_TOKEN}, released_at = {NOW}, released_by = :by,
+    release_reason = :reason, released_token = token
+WHERE name = :name AND token = :token AND locked_by IS NOT NULL
+"""
+
+
+class SqliteLocking:
+    """The lock of one session; see the top of this file."""
+
+    def __init__(self, session: SqliteSession) -> None:
+        self._session = session
+        self._name = session.config.locking.name
+        self._file: tuple[int, Path] | None = None  # our own lock file, open and locked
+
+    async def acquire(
+        self, owner: Owner, timeout: float, running: str | None
+    ) -> Lease | LockStatus:
+        await self._session.open(create=True)
+        return await self._session.hop(self._acquire, owner, timeout, running)
+
+    async def renew(self, lease: Lease) -> bool:
+        return await self._change(RENEW, lease)
+
+    async def release(self, lease: Lease) -> bool:
+        released = await self._change(RELEASE, lease)
+        await self._session.hop(self.forget)
+        return released
+
+    async def get_status(self) -> LockStatus:
+        if not await self._session.open(create=False):
+            return LockStatus(name=self._name)
+        return self._status(await self._session.hop(self._read))
+
+    async def force_release(
+        self, token: int, *, by: str, reason: str | None, terminate: bool
+    ) -> bool:
+        if terminate:
+            raise ConfigError(
+                "SQLite has no sessions to end: end the holder's process instead", key="--terminate"
+            )
+        await self._session.open(create=True)
+        values = {"name": self._name, "token": token, "by": by, "reason": reason}
+        statements = tuple(self._session.sql(text) for text in (NEXT_TOKEN, FORCE_RELEASE))
+        try:
+            return await self._session.hop(write, BLOCKED_AFTER, statements, values) == 1
+        except DatabaseBusyError as error:
+            status = await self.get_status()
+            raise LockBlockedError(
+                f"the database is inside a transaction, most likely that of the holder "
+                f"{status.locked_by} (running {status.running or 'nothing it told'}); nothing was "
+                f"released: end its process {status.process_id} on {status.hostname}, which rolls "
+                "its script back"
+            ) from error
+
+    async def wait(self, seconds: float) -> bool:
+        await anyio.sleep(min(seconds, LONGEST_POLL))
+        return False
+
+    def forget(self, _: sqlite3.Connection | None = None) -> None:
+        """Drop our lock file, if we have one."""
+        if self._file is not None:
+            descriptor, path = self._file
+            self._file = None
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    async def _change(self, query: str, lease: Lease) -> bool:
+        values = lease_values(lease)
+        statements = (self._session.sql(query),)
+        try:
+            return await self._session.hop(write, CHANGE_BUSY, statements, values) == 1
+        except DatabaseError as error:
+            if "no such table" in str(error):
+                return False
+            raise
+
+    def _acquire(
+        self, db: sqlite3.Connection, owner: Owner, timeout: float, running: str | None
+    ) -> Lease | LockStatus:
+        # Look before asking to write, so that a crowd of waiters disturbs no writer.
+        db.execute(f"PRAGMA busy_timeout = {int(ATTEMPT_BUSY * 1000)}")
+        row = self._read(db)
+        if not self._is_free(row):
+            return self._status(row)
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            if row["locked_by"] is None:
+                raise
+            return self._status(row)  # expired, but its holder's transaction keeps everybody out
+        try:
+            for statement in CREATE_LOCK:
+                db.execute(self._session.sql(statement))
+            db.execute(self._session.sql(CREATE_ROW), {"name": self._name})
+            row = self._read(db)
+            if not self._is_free(row):
+                db.execute("ROLLBACK")
+                return self._status(row)
+            lease = self._take(db, owner, timeout, running)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            self.forget()
+            raise
+        if row["session"] is not None:
+            self._path(row["session"]).unlink(missing_ok=True)
+        return lease
+
+    def _take(
+        self, db: sqlite3.Connection, owner: Owner, timeout: float, running: str | None
+    ) -> Lease:
+        db.execute(self._session.sql(NEXT_TOKEN))
+        [[token]] = db.execute(self._session.sql(f"SELECT {LAST_TOKEN}"))
+        lease = Lease(self._name, token, owner.locked_by, timeout, running)
+        values = {
+            **lease_values(lease),
+            "process_id": owner.process_id,
+            "hostname": owner.hostname,
+            "session": self._prove_life(token),
+        }
+        db.execute(self._session.sql(ACQUIRE), values)
+        return lease
+
+    def _read(self, db: sqlite3.Connection) -> dict[str, Any]:
+        rows = read_rows(db, self._session.sql(READ_STATUS), {"name": self._name})
+        values = rows[0] if rows else (None,) * (len(STATUS_COLUMNS) + 2)
+        return dict(zip((*STATUS_COLUMNS, "checked_at", "is_expired"), values, strict=True))
+
+    def _is_free(self, row: dict[str, Any]) -> bool:
+        return row["locked_by"] is None or row["is_expired"] or self._holder(row) == "gone"
+
+    def _status(self, row: dict[str, Any]) -> LockStatus:
+        release = None
+        if row["released_at"] is not None:
+            release = ForcedRelease(
+                _time(row["released_at"]),
+                row["released_by"],
+                row["release_reason"],
+                row["released_token"],
+            )
+        same: dict[str, Any] = {
+            column: row[column]
+            for column in ("token", "locked_by", "process_id", "hostname", "running")
+        }
+        for column in ("locked_at", "renewed_at", "expires_at", "checked_at"):
+            same[column] = _time(row[column]) if row[column] else None
+        return LockStatus(
+            name=self._name,
+            is_locked=row["locked_by"] is not None,
+            holder=self._holder(row),
+            is_expired=bool(row["is_expired"]),
+            forced_release=release,
+            **same,
+        )
+
+    def _holder(self, row: dict[str, Any]) -> Literal["alive", "gone", "unknown"] | None:
+        if row["locked_by"] is None:
+            return None
+        if row["session"] is None or fcntl is None:
+            return "unknown"
+        try:  # must not create the file: a look leaves nothing behind
+            descriptor = os.open(self._path(row["session"]), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return "unknown"
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "alive"
+        except OSError:
+            return "unknown"
+        else:
+            return "gone"
+        finally:
+            os.close(descriptor)
+
+    def _prove_life(self, token: int) -> str | None:
+        """Lock a file of our own beside the database; its name, or None where that is not to be."""
+        database = self._session.path
+        if database is None or fcntl is None:
+            return None
+        name = f"{database.name}-{self._session.config.locking.table_name}-{token}.lock"
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            descriptor = os.open(self._path(name), flags, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a file system without locks, or a leftover that somebody else has
+            os.close(descriptor)
+            return None
+        self._file = (descriptor, self._path(name))
+        return name
+
+    def _path(self, name: str) -> Path:
+        assert self._session.path is not None, "a database in memory has no lock file"
+        return self._session.path.with_name(name)
+
+
+def read_rows(db: sqlite3.Connection, query: str, values: dict[str, object]) -> list[Any]:
+    try:
+        return db.execute(query, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return []
+        raise
+
+
+def write(
+    db: sqlite3.Connection, busy: float, statements: Sequence[str], values: dict[str, object]
+) -> int:
+    """The statements in a transaction of their own; how many rows the last one changed."""
+    db.execute(f"PRAGMA busy_timeout = {int(busy * 1000)}")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in statements:
+            changed = db.execute(statement, values).rowcount
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    return changed
+
+
+def lease_values(lease: Lease) -> dict[str, object]:
+    return {
+        "name": lease.name,
+        "token": lease.token,
+        "locked_by": lease.locked_by,
+        "timeout": lease.timeout,
+        "running": lease.running,
+    }
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
