@@ -237,7 +237,8 @@ class _Run:
 
     async def _migrate(self, session: Session) -> None:
         plan = await self._patient_plan(session)
-        self.pending_before, self.applied_before = len(plan.pending), len(plan.applied)
+        self.applied_before = len(plan.applied)
+        self.pending_before = len(plan.pending) + len(plan.problems) - len(_lasting(plan))
         problems = [*self.broken, *_lasting(plan)]
         self.prepared = await anyio.to_thread.run_sync(self._prepare, plan.pending)
         problems += [problem for ready in self.prepared.values() for problem in ready.problems]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Literal
 
@@ -57,22 +58,22 @@ _WORD = r"(?P<word>[a-zA-Z_\x80-\U0010ffff][\w$\x80-\U0010ffff]*+)"
 _REST = r"(?P<semicolon>;) | (?P<other>[\d.,=*<>+]++|\S)"
 _ESCAPES = r"'(?:[^'\\]++|\\.?|'')*+'?"  # the inside of an E'' string
 _GAP = r"(?:[^\S\n]|--[^\n]*+)*+\n(?:\s|--[^\n]*+)*+"  # a string goes on after a line break
-_FLAGS = re.VERBOSE | re.DOTALL | re.ASCII
-
 _TOKENS = {
-    "postgresql": re.compile(
-        rf"""(?P<comment>--[^\n]*+) | (?P<nested>/\*)
+    "postgresql": rf"""(?P<comment>--[^\n]*+) | (?P<nested>/\*)
         | (?P<quoted>'[^']*+'? | "[^"]*+"? | [eE]{_ESCAPES}(?:{_GAP}{_ESCAPES})*+
         | (?P<tag>\$(?:[a-zA-Z_\x80-\U0010ffff][\w\x80-\U0010ffff]*+)?\$)(?:.*?(?P=tag)|.*))
         | {_WORD} | (?P<open>\() | (?P<close>\)) | (?P<backslash>\\) | {_REST}""",
-        _FLAGS,
-    ),
-    "sqlite": re.compile(
-        rf"""(?P<comment>--[^\n]*+ | /\*(?:.*?\*/|.*))
+    "sqlite": rf"""(?P<comment>--[^\n]*+ | /\*(?:.*?\*/|.*))
         | (?P<quoted>'[^']*+'? | "[^"]*+"? | `[^`]*+`? | \[[^\]]*+\]?) | {_WORD} | {_REST}""",
-        _FLAGS,
-    ),
 }
+
+
+@cache
+def _pattern(dialect: Dialect) -> re.Pattern[str]:
+    """Compiled when first needed: a start with nothing pending reads no SQL."""
+    return re.compile(_TOKENS[dialect], re.VERBOSE | re.DOTALL | re.ASCII)
+
+
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _FUNCTION = re.compile(r"CREATE (?:OR REPLACE )?(?:FUNCTION|PROCEDURE)\b")
 _TRIGGER = re.compile(r"CREATE (?:TEMP |TEMPORARY )?TRIGGER\b")
@@ -218,7 +219,7 @@ def _read_statement(
 
 def _tokens(script: str, dialect: Dialect) -> Iterator[tuple[str, int, int]]:
     """The tokens as (kind, start, end), without comments and white space."""
-    search = _TOKENS[dialect].search
+    search = _pattern(dialect).search
     position = 0
     while match := search(script, position):
         kind, start, position = match.lastgroup or "", match.start(), match.end()

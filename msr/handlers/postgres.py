@@ -46,6 +46,15 @@ CLOSE_TIMEOUT = 2.0
 ROLLBACK_TIMEOUT = 5.0
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as $n.
 
+# A statement that runs on after its client died keeps the session lock: have the server look for
+# its client. Not every server knows this setting, or can do it; then nothing is set, or it fails.
+WATCH_CLIENT = """
+SELECT set_config(name, '500', false) FROM pg_settings
+WHERE name = 'client_connection_check_interval'
+"""
+
+RESET = "RESET ALL; RESET ROLE"
+
 CREATE_HISTORY = """
 CREATE TABLE IF NOT EXISTS {history} (
     version bigint PRIMARY KEY,
@@ -162,9 +171,26 @@ class PostgresSession:
         }
         self.pooled = True  # until the server's pid shows that nothing stands between
         self.locking = PostgresLocking(self)
+        self._used = False  # by a script, which may have changed the session's settings
+        self._reset = RESET
 
     def sql(self, template: str) -> str:
         return template.format_map(self.names)
+
+    def settle(self, pid: int, lock_schema: str | None, history_schema: str | None) -> None:
+        """Keep to the schemas found now, and know whether a pooler stands between."""
+        self.pooled = pid != self.connection.get_server_pid()
+        for names, schema in ((("lock", "token"), lock_schema), (("history",), history_schema)):
+            for name in names:
+                if schema is not None and '".' not in self.names[name]:
+                    self.names[name] = f"{schema}.{self.names[name]}"
+
+    async def watch_client(self) -> None:
+        """Have the server notice when we die in the middle of a statement, where it can."""
+        if not self.pooled:
+            with suppress(DatabaseError):
+                if await self.fetch(WATCH_CLIENT):
+                    self._reset = f"{RESET}; SET client_connection_check_interval = 500"
 
     async def read_history(self) -> Sequence[HistoryRow]:
         import asyncpg
@@ -185,6 +211,7 @@ class PostgresSession:
         return [history_row(row) for row in document["rows"]]
 
     async def create_history(self) -> None:
+        await self.locking.identify()
         await self.create(CREATE_HISTORY)
 
     async def require_outside_transaction(self) -> None:
@@ -198,6 +225,10 @@ class PostgresSession:
 
     @asynccontextmanager
     async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
+        if self._used and not self.pooled:  # what a script SET is not for the next one
+            with self.explained():
+                await self.connection.execute(self._reset)
+        self._used = True
         transaction = self.connection.transaction()
         with self.explained():
             await transaction.start()

@@ -25,7 +25,6 @@ transaction of its own so that it meets one server session, and nothing is LISTE
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -46,18 +45,15 @@ BLOCKED_AFTER = 1.0
 
 # The statements. {lock} and {token} are quoted identifiers; values travel as $n.
 
+# Where the tables are, or would be made: a script may change the search_path (every pg_dump does).
 IDENTIFY = """
-SELECT pg_backend_pid() AS pid, hashtextextended(
-    format('msr %s %s %s', coalesce(
-        (SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($1)),
-        current_schema()), $1::text, $2::text) COLLATE "C", 0) AS key
-"""
-
-# A statement that runs on after its client died keeps the key: have the server look for the client.
-# Not every server knows, or can do, each of these; then set_config is not called or fails alone.
-WATCH_CLIENT = """
-SELECT set_config(name, '500', false) FROM pg_settings
-WHERE name = 'client_connection_check_interval'
+SELECT pg_backend_pid() AS pid, s.lock AS lock_schema, s.history AS history_schema,
+       hashtextextended(format('msr %s %s %s', s.lock, $1::text, $3::text) COLLATE "C", 0) AS key
+FROM (SELECT
+    coalesce((SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($1)),
+             quote_ident(current_schema())) AS lock,
+    coalesce((SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($2)),
+             quote_ident(current_schema())) AS history) AS s
 """
 
 CREATE_LOCK = """
@@ -258,14 +254,13 @@ class PostgresLocking:
         return not scope.cancelled_caught
 
     async def identify(self) -> int:
-        """The advisory lock's key; learns on the way whether a pooler stands between."""
+        """The advisory lock's key; learns on the way what else must be known of this session."""
         if self._key is None:
             session = self._session
-            [row] = await session.fetch(IDENTIFY, session.names["lock"], self._name)
-            session.pooled = row["pid"] != session.connection.get_server_pid()
-            if not session.pooled:
-                with suppress(DatabaseError):
-                    await session.fetch(WATCH_CLIENT)
+            names = (session.names["lock"], session.names["history"])
+            [row] = await session.fetch(IDENTIFY, *names, self._name)
+            session.settle(row["pid"], row["lock_schema"], row["history_schema"])
+            await session.watch_client()
             self._key = int(row["key"])
         return self._key
 

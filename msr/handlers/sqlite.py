@@ -3,7 +3,8 @@
 The lock is next door, in `sqlite_lock`. Its fence is here. There is one writer at a time, so
 whoever is inside `BEGIN IMMEDIATE` can neither be overtaken nor renew from elsewhere: the renewal
 *is* the fence. The first and the last statement of a script's transaction renew the lock's row
-`WHERE token AND locked_by` and must hit it. Meanwhile the lease is `secured`, and the heartbeat leaves it alone.
+`WHERE token AND locked_by` and must hit it. Meanwhile the lease is `secured`, and the heartbeat
+leaves it alone.
 
 Each operation is one hop to aiosqlite's thread, however many statements it takes, because a hop
 costs more than most statements. The thread goes on when the task that waits is cancelled, so a
