@@ -96,7 +96,12 @@ class DatabaseError(MsrError):
 
 
 class DatabaseUnreachableError(DatabaseError):
-    """The database cannot be reached."""
+    """The database cannot be reached.
+
+    `is_full`: it can, but it has no connection to spare for this role.
+    """
+
+    is_full: bool = False
 
 
 class DatabaseBusyError(DatabaseError):
@@ -108,7 +113,9 @@ class MigrationError(MsrError):
 
     `script` is the path below the folder, `line` and `column` (from 1, or None where the database
     does not tell) point into that file, `server_message` is the database's own sentence,
-    `sqlstate` its code, `hint` its advice. `applied` names the scripts this run had applied before.
+    `sqlstate` its code, `hint` its advice. `rolled_back` is False for a script that ran outside a
+    transaction, and None where the connection broke in the commit and its fate is unknown.
+    `applied` names the scripts that this run had applied before.
     """
 
     def __init__(
@@ -120,7 +127,7 @@ class MigrationError(MsrError):
         column: int | None = None,
         sqlstate: str | None = None,
         hint: str | None = None,
-        rolled_back: bool = True,
+        rolled_back: bool | None = True,
         applied: Sequence[str] = (),
     ) -> None:
         self.script = script
@@ -144,11 +151,11 @@ class MigrationError(MsrError):
             if part
         )
         advice = f" ({self.hint.strip().rstrip('.')})" if self.hint else ""
-        undone = (
-            "the script was rolled back"
-            if self.rolled_back
-            else "the script ran outside a transaction and may be half done"
-        )
+        undone = {
+            True: "the script was rolled back",
+            False: "the script ran outside a transaction and may be half done",
+            None: "whether it was committed is not known, so look with msr list",
+        }[self.rolled_back]
         before = f"applied before it: {', '.join(self.applied) or 'nothing'}"
         return f"{place}: {self.server_message}{advice}; {undone}; {before}"
 

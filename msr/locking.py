@@ -135,6 +135,9 @@ class Lease:
     """Local monotonic time after which the lease counts as lost unless renewed before."""
     secured: bool = field(default=False, repr=False)
     """True while our open transaction keeps everybody else from the lock by itself (SQLite)."""
+    unattended: bool = field(default=False, repr=False)
+    """True while the database has no connection to spare for the heartbeat. Then the lease may run
+    out under a long script; whoever takes it over ends our session first, and the fence holds."""
 
     def trust(self, sent: float) -> None:
         """The database confirmed the lease in answer to a request sent at monotonic `sent`."""
@@ -326,10 +329,12 @@ async def _heartbeat(lease: Lease, connect: Connect, lose: Callable[[str], None]
     while True:
         try:
             async with connect() as service:
+                lease.unattended = False
                 await _beat(service, lease)
         except LockLostError as error:
             return lose(str(error))
         except Exception as error:  # whatever it is, _watch ends it when the trust has run out
+            lease.unattended = getattr(error, "is_full", False)
             logger.warning("the migration lock could not be renewed, trying again: %s", error)
             await anyio.sleep(min(FIRST_HEARTBEAT, lease.interval / 2))
 
@@ -348,7 +353,7 @@ async def _beat(service: LockingService, lease: Lease) -> None:
 
 
 async def _watch(lease: Lease, lose: Callable[[str], None]) -> None:
-    while lease.secured or time.monotonic() < lease.trusted_until:
+    while lease.secured or lease.unattended or time.monotonic() < lease.trusted_until:
         remaining = lease.trusted_until - time.monotonic()
         await anyio.sleep(max(remaining, 0.05))
     lose(

@@ -292,10 +292,10 @@ def _await(work: Callable[[], Awaitable[T]]) -> T:
 
 
 def _confirmed() -> bool:
-    typer.echo(render.PROMPT, nl=False)
+    typer.echo(f"\n{render.PROMPT}", nl=False)
     answer = sys.stdin.readline()
-    if not sys.stdin.isatty():
-        typer.echo()  # there, Enter was not echoed
+    if not (sys.stdin.isatty() and answer.endswith("\n")):
+        typer.echo()  # the line is still open: no Enter, or one that was not echoed
     if not answer:
         raise msr.LockError(
             "no answer, so nothing was released: answer y, or add --yes where nobody can answer"

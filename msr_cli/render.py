@@ -111,7 +111,6 @@ def release_warning(status: msr.LockStatus) -> str:
             "  • Data loss",
             "",
             "Only proceed if you are CERTAIN the migration process has crashed.",
-            "",
         ]
     )
 

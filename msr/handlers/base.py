@@ -70,6 +70,13 @@ class Session(Protocol):
         """A transaction: commits on leaving, rolls back on any exception, within bounded time."""
         ...
 
+    async def resolve_commit(self) -> bool | None:
+        """After `transaction` raised: whether it was committed all the same.
+
+        A commit that was interrupted may have taken effect. None if that cannot be found out.
+        """
+        ...
+
     async def execute_script(self, text: str) -> None:
         """Run every statement of an SQL script. Raises `StatementError`."""
         ...

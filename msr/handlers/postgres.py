@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -83,7 +84,11 @@ SELECT $1::bigint, $2::text, $3::text, $4::text, now(), $5::double precision, $6
        current_user, FENCE
 ON CONFLICT (version) DO UPDATE SET status = excluded.status, duration = excluded.duration
 WHERE h.status = 'started' AND h.token IS NOT DISTINCT FROM excluded.token
+RETURNING txid_current()
 """
+
+# Where the connection broke in the middle of COMMIT; a session may be at it still.
+TRANSACTION_STATUS = "SELECT txid_status($1)"
 
 FENCED_RECORD = RECORD.replace(
     "FENCE", "token FROM {lock} WHERE name = $7 AND token = $8 AND locked_by = $9 FOR KEY SHARE"
@@ -122,7 +127,7 @@ class PostgresHandler:
             )
         _keep_alive(connection)
         try:
-            yield PostgresSession(connection, config)
+            yield PostgresSession(connection, config, partial(self.connect, config))
         finally:
             with anyio.CancelScope(shield=True):
                 try:
@@ -140,9 +145,9 @@ class PostgresHandler:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if isinstance(error, TimeoutError):
                 reason = f"no answer within {timeout:g} s"
-            raise DatabaseUnreachableError(f"cannot connect to {self.url.display}: {reason}") from (
-                None if isinstance(error, ValueError) else error
-            )
+            failure = DatabaseUnreachableError(f"cannot connect to {self.url.display}: {reason}")
+            failure.is_full = isinstance(error, asyncpg.TooManyConnectionsError)
+            raise failure from None if isinstance(error, ValueError) else error
 
 
 def _keep_alive(connection: Any) -> None:
@@ -160,7 +165,12 @@ def _keep_alive(connection: Any) -> None:
 class PostgresSession:
     """One connection: the history, the scripts' transactions, and the lock through it."""
 
-    def __init__(self, connection: asyncpg.Connection, config: Config) -> None:
+    def __init__(
+        self,
+        connection: asyncpg.Connection,
+        config: Config,
+        reconnect: Callable[[], AbstractAsyncContextManager[PostgresSession]],
+    ) -> None:
         self.connection = connection
         self.config = config
         lock = config.locking.table_name
@@ -173,6 +183,9 @@ class PostgresSession:
         self.locking = PostgresLocking(self)
         self._used = False  # by a script, which may have changed the session's settings
         self._reset = RESET
+        self._reconnect = reconnect
+        self._committing = False
+        self._transaction_id: int | None = None
 
     def sql(self, template: str) -> str:
         return template.format_map(self.names)
@@ -234,14 +247,10 @@ class PostgresSession:
             await transaction.start()
         try:
             yield
-            if not self.connection.is_in_transaction():
-                raise StatementError(
-                    "the script ended the transaction that msr runs it in: remove its COMMIT or "
-                    "ROLLBACK, or let it opt out of the transaction",
-                    committed=True,
-                )
+            self._committing = True
             with statement_errors():
                 await transaction.commit()
+            self._committing = False
         except BaseException:
             # A cancelled statement on a frozen server would keep ROLLBACK waiting for ever.
             with anyio.move_on_after(ROLLBACK_TIMEOUT, shield=True) as scope:
@@ -250,6 +259,20 @@ class PostgresSession:
             if scope.cancelled_caught:
                 self.connection.terminate()
             raise
+
+    async def resolve_commit(self) -> bool | None:
+        if not self._committing or self._transaction_id is None:
+            return False
+        self._committing = False
+        while True:  # the caller bounds it
+            try:
+                async with self._reconnect() as other:
+                    [[status]] = await other.fetch(TRANSACTION_STATUS, self._transaction_id)
+            except DatabaseError:
+                status = "in progress"
+            if status != "in progress":
+                return None if status is None else bool(status == "committed")
+            await anyio.sleep(0.1)
 
     async def execute_script(self, text: str) -> None:
         # One by one: the server tells no position for errors at run time, so this is how we know
@@ -260,13 +283,19 @@ class PostgresSession:
 
     async def record(self, row: HistoryRow, lease: Lease | None) -> None:
         values = [row.version, row.name, row.checksum, row.status, row.duration, row.executed_by]
+        if not self.connection.is_in_transaction():
+            raise StatementError(
+                "the script ended the transaction that msr runs it in: remove its COMMIT or "
+                "ROLLBACK, or let it opt out of the transaction",
+                committed=True,
+            )
+        query = UNFENCED_RECORD
+        if lease is not None:
+            query = FENCED_RECORD
+            values += [lease.name, lease.token, lease.locked_by]
         with self.explained():
-            if lease is None:
-                done = await self.connection.execute(self.sql(UNFENCED_RECORD), *values)
-            else:
-                fence = (lease.name, lease.token, lease.locked_by)
-                done = await self.connection.execute(self.sql(FENCED_RECORD), *values, *fence)
-        if done != "INSERT 0 1":
+            self._transaction_id = await self.connection.fetchval(self.sql(query), *values)
+        if self._transaction_id is None:
             raise LockLostError(
                 "the migration lock was lost, or another process has applied this script: "
                 "the script was rolled back; run msr migrate again"

@@ -141,6 +141,7 @@ class SqliteSession:
         }
         self._connection: aiosqlite.Connection | None = None
         self._stopped = False
+        self._committed = False
         self.locking = SqliteLocking(self)
 
     def sql(self, template: str) -> str:
@@ -208,6 +209,9 @@ class SqliteSession:
             if lease is not None:
                 lease.secured = False
 
+    async def resolve_commit(self) -> bool | None:
+        return self._committed
+
     async def execute_script(self, text: str) -> None:
         await self.hop(self._execute_all, split_sqlite(text))
 
@@ -217,6 +221,7 @@ class SqliteSession:
     def _begin(self, db: sqlite3.Connection, lease: Lease | None) -> None:
         db.execute(f"PRAGMA busy_timeout = {int(WRITE_BUSY * 1000)}")
         db.execute("BEGIN IMMEDIATE")
+        self._committed = False
         try:
             if lease is not None:
                 self._fence(db, lease)
@@ -231,6 +236,7 @@ class SqliteSession:
             db.execute("COMMIT")
         except sqlite3.IntegrityError as error:  # a deferred foreign key
             raise StatementError(str(error)) from error
+        self._committed = True
 
     def _rollback(self, db: sqlite3.Connection) -> None:
         db.set_authorizer(None)

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "events": {"errors", "locking", "plan", "scripts"},
     "results": {"errors", "locking", "plan", "scripts"},
     "locking": {"config", "errors", "events"},
-    "executor": {
+    "runner": {
         "config",
         "errors",
         "events",
@@ -36,6 +36,16 @@ ARROWS: dict[str, set[str]] = {
         "plan",
         "results",
         "scripts",
+    },
+    "executor": {
+        "config",
+        "errors",
+        "events",
+        "handlers.base",
+        "locking",
+        "plan",
+        "results",
+        "runner",
         "urls",
     },
     "handlers.__init__": set(),
