@@ -354,10 +354,12 @@ class PostgresSession:
         if isinstance(error, asyncpg.UndefinedColumnError):
             return foreign_table(self.config, sentence)
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            return DatabaseError(
-                f"{sentence}: let the tables be made by a role that may create them, or grant "
-                "this role CREATE on the schema"
-            )
+            if "schema" in sentence:
+                way_out = "grant this role USAGE and CREATE on the schema, or make the tables once"
+            else:
+                way_out = "grant this role SELECT, INSERT and UPDATE on msr's tables and USAGE on"
+                way_out += " the sequence beside the lock's table, or connect"
+            return DatabaseError(f"{sentence}: {way_out} with a role that may")
         if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
             return DatabaseError(
                 f"the database is read-only ({sentence}): give the URL of the primary server"

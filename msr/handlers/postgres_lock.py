@@ -156,6 +156,7 @@ class PostgresLocking:
         self._session = session
         self._name = session.config.locking.name
         self._key: int | None = None
+        self._channel = ""
         self._has_key = False
         self._suspect: tuple[int, float] | None = None  # a session with the key but not the row
         self._obstacle: str | None = None
@@ -238,6 +239,7 @@ class PostgresLocking:
             await anyio.sleep(0.05)
 
     async def wait(self, seconds: float) -> bool:
+        await self.identify()
         if self._session.pooled:
             await anyio.sleep(seconds)
             return False
@@ -262,11 +264,8 @@ class PostgresLocking:
             session.settle(row["pid"], row["lock_schema"], row["history_schema"])
             await session.watch_client()
             self._key = int(row["key"])
+            self._channel = f"msr_{self._key & 0xFFFFFFFFFFFFFFFF:016x}"
         return self._key
-
-    @property
-    def _channel(self) -> str:
-        return f"msr_{(self._key or 0) & 0xFFFFFFFFFFFFFFFF:016x}"
 
     def _hear(self, *_: object) -> None:
         if self._news is not None:
