@@ -23,7 +23,7 @@ from msr.events import (
 )
 from msr.handlers.base import DatabaseHandler
 from msr.locking import Lease, LockStatus, Owner, hold
-from msr.plan import ScriptStatus, describe
+from msr.plan import HistoryRow, ScriptStatus, describe
 from msr.results import MigrationResult
 from msr.runner import Run, load, locking_connection, required
 from msr.urls import parse_url
@@ -90,6 +90,18 @@ class MigrationScriptExecutor:
             use_lock = self.config.locking.enabled
         run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=use_lock)
         return await run.migrate()
+
+    async def repair(self, version: int, *, applied: bool, wait: float | None = None) -> HistoryRow:
+        """Settle a script outside a transaction that was started and never finished.
+
+        `applied=True` when all that it does has been done: it is recorded as applied. Otherwise it
+        is forgotten, so that the next run tries it again; an invalid index that it left is dropped.
+        Returns the row as it was found.
+
+        Raises `ConfigError` if the version is not unfinished; else what `migrate` raises.
+        """
+        run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=True)
+        return await run.repair(version, applied=applied)
 
     async def list(self) -> list[ScriptStatus]:
         """Every script and every history row by version, with its status. Writes nothing."""

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,15 @@ import anyio
 import anyio.to_thread
 
 from msr.config import Config
-from msr.errors import DatabaseBusyError, LockError, MigrationError, MsrError, ValidationError
+from msr.errors import (
+    ConfigError,
+    DatabaseBusyError,
+    DatabaseError,
+    LockError,
+    MigrationError,
+    MsrError,
+    ValidationError,
+)
 from msr.events import Event, LockAcquired, ScriptApplied, ScriptStarted, WaitingForLock
 from msr.handlers.base import DatabaseHandler, Session, StatementError
 from msr.locking import Lease, LockingService, LockStatus, Owner, hold, renew
@@ -62,6 +71,7 @@ class Run:
         self.token: int | None = None
 
     async def migrate(self) -> MigrationResult:
+        """Apply what is pending."""
         try:
             self.scripts, self.broken = await load(self.config)
             async with self.handler.connect(self.config) as session:
@@ -70,6 +80,28 @@ class Run:
             error.result = self.result()
             raise
         return self.result()
+
+    async def repair(self, version: int, *, applied: bool) -> HistoryRow:
+        """Settle a script that was started and not finished; its row as it was found."""
+        self.scripts, _ = await load(self.config)
+        async with (
+            self.handler.connect(self.config) as session,
+            self._locked(session, f"repair of version {version}") as lease,
+        ):
+            rows = {row.version: row for row in await session.read_history()}
+            row = rows.get(version)
+            if row is None or row.status != "started":
+                raise ConfigError(
+                    f"version {version} is not unfinished, so there is nothing to repair",
+                    key="version",
+                )
+            if not applied:
+                texts = [script.text for script in self.scripts if script.version == version]
+                for leftover in await session.find_leftovers("".join(texts)):
+                    await session.drop_leftover(leftover)
+            async with session.transaction(lease):
+                await session.repair(version, applied, lease)
+            return row
 
     def result(self) -> MigrationResult:
         return MigrationResult(
@@ -87,16 +119,12 @@ class Run:
         self.applied_before = len(plan.applied)
         self.pending_before = len(plan.pending) + len(plan.problems) - len(_lasting(plan))
         problems = [*self.broken, *_lasting(plan)]
-        self.prepared = await anyio.to_thread.run_sync(self._prepare, plan.pending)
+        if plan.pending:
+            self.prepared = await anyio.to_thread.run_sync(self._prepare, plan.pending)
         problems += [problem for ready in self.prepared.values() for problem in ready.problems]
         if problems:
             raise ValidationError(problems)
         if _is_done(plan):
-            return
-        locking = session.locking
-        if locking is None or not self.use_lock:
-            logger.warning("running %d scripts without the migration lock", len(plan.pending))
-            await self._apply_pending(session, None)
             return
 
         async def done() -> bool:
@@ -104,6 +132,27 @@ class Run:
             if problems := _lasting(plan):
                 raise ValidationError(problems)
             return _is_done(plan)
+
+        async with self._locked(session, _step(plan.pending, 0), done) as lease:
+            if lease is not None or not self._locks(session):
+                await self._apply_pending(session, lease)
+
+    def _locks(self, session: Session) -> bool:
+        return self.use_lock and session.locking is not None
+
+    @asynccontextmanager
+    async def _locked(
+        self,
+        session: Session,
+        running: str | None,
+        done: Callable[[], Awaitable[bool]] | None = None,
+    ) -> AsyncIterator[Lease | None]:
+        """Under the lock; None where none is to be taken, or when it turned out to be `done`."""
+        locking = session.locking
+        if locking is None or not self.use_lock:
+            logger.warning("working on the database without the migration lock")
+            yield None
+            return
 
         def on_wait(status: LockStatus, waited: float) -> None:
             self.tell(WaitingForLock(status, waited))
@@ -114,16 +163,15 @@ class Run:
             partial(locking_connection, self.handler, self.config),
             timeout=self.config.locking.timeout,
             wait=self.wait,
-            running=_step(plan.pending, 0),
+            running=running,
             done=done,
             on_wait=on_wait,
         ) as lease:
             self.waited = time.monotonic() - asked
-            if lease is None:
-                return
-            self.token = lease.token
-            self.tell(LockAcquired(lease.token, self.waited))
-            await self._apply_pending(session, lease)
+            if lease is not None:
+                self.token = lease.token
+                self.tell(LockAcquired(lease.token, self.waited))
+            yield lease
 
     async def _patient_plan(self, session: Session) -> Plan:
         """The first look. A long transaction of the holder may lock out even readers (SQLite)."""
@@ -148,13 +196,24 @@ class Run:
         await session.create_history()
         plan = await self._plan(session)  # another may have applied some meanwhile
         if plan.problems:
-            raise ValidationError(plan.problems)
+            raise ValidationError([await self._explained(session, it) for it in plan.problems])
+        if not all(script.version in self.prepared for script in plan.pending):
+            raise DatabaseError("the history changed under us: see msr list, then run msr migrate")
         if not all(self.prepared[script.version].transaction for script in plan.pending):
             await session.require_outside_transaction()
         for index in range(len(plan.pending)):
             if lease is not None and lease.is_due and session.locking is not None:
                 await renew(session.locking, lease)  # where the heartbeat has no connection
             await self._apply(session, plan.pending, index, lease)
+
+    async def _explained(self, session: Session, problem: Problem) -> Problem:
+        """An unfinished script's problem, with what it left behind in the database."""
+        texts = [script.text for script in self.scripts if script.label == problem.file]
+        leftovers = await session.find_leftovers("".join(texts))
+        if problem.rule != UNFINISHED or not leftovers:
+            return problem
+        left = f"{problem.message}; it left {', '.join(leftovers)} behind, which --retry drops"
+        return replace(problem, message=left)
 
     async def _apply(
         self, session: Session, pending: Sequence[Script], index: int, lease: Lease | None

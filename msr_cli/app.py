@@ -10,6 +10,7 @@ The lock commands know only 0, 1 and, for a wrong setting or option, 2.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-class Interrupted(Exception):
+class Interrupted(msr.MsrError):
     """Ended by a signal, after everything was put back in order."""
 
     def __init__(self, signum: int) -> None:
@@ -65,6 +66,13 @@ class Interrupted(Exception):
         super().__init__(
             f"interrupted by {signal.Signals(signum).name}: what was running was rolled back"
         )
+
+
+class _Warnings(logging.Handler):
+    """The library's warnings (a run without the lock, a renewal that failed), a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _to_stderr(f"⚠️  Warning: {' '.join(record.getMessage().split())}")
 
 
 def _version(wanted: bool) -> None:
@@ -116,8 +124,6 @@ def migrate(
         out = _say_nothing if json else typer.echo
         progress = render.Progress(out, _to_stderr)
         runner = executor_from(Source(url, folder, config, executor), progress)
-        if no_lock or not runner.config.locking.enabled:
-            _to_stderr("⚠️  Warning: running without the migration lock")
         result = _await(
             lambda: runner.migrate(wait=0 if no_wait else wait, use_lock=False if no_lock else None)
         )
@@ -127,6 +133,39 @@ def migrate(
 
 
 app.command("up", hidden=True, help="The same as migrate.")(migrate)
+
+
+@app.command()
+def repair(
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="The unfinished script.")],
+    applied: Annotated[
+        bool, typer.Option("--applied", help="All that it does is done: record it as applied.")
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Its part is undone: let the next migrate run it again.")
+    ] = False,
+    url: Url = None,
+    folder: Folder = None,
+    config: ConfigFile = None,
+    executor: ExecutorPath = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Settle a script that was started outside a transaction and never finished."""
+
+    def work() -> None:
+        if applied == retry:
+            raise msr.ConfigError(
+                "say what to record: either --applied or --retry", source="repair"
+            )
+        progress = render.Progress(_say_nothing, _to_stderr)
+        runner = executor_from(Source(url, folder, config, executor), progress)
+        row = _await(lambda: runner.repair(version, applied=applied))
+        outcome = "recorded as applied" if applied else "the next msr migrate runs it again"
+        text = f"✓ Version {row.version} ({row.name}): {outcome}"
+        typer.echo(render.as_json({"repaired": row, "applied": applied}) if json else text)
+
+    _guarded(work, json, debug)
 
 
 @app.command("list")
@@ -227,6 +266,7 @@ def run() -> NoReturn:
     """The `msr` command: parse, run, exit."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # always a text stream
+    logging.getLogger("msr").addHandler(_Warnings(logging.WARNING))
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:

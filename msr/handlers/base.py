@@ -90,6 +90,18 @@ class Session(Protocol):
         """
         ...
 
+    async def find_leftovers(self, text: str) -> Sequence[str]:
+        """What a killed script may have left half-made, in words: `the invalid index "app"."i"`."""
+        ...
+
+    async def drop_leftover(self, leftover: str) -> None:
+        """Remove what `find_leftovers` named."""
+        ...
+
+    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
+        """Turn a "started" row into an "applied" one, or remove it; fenced like `record`."""
+        ...
+
 
 class DatabaseHandler(Protocol):
     """One database. Holds no connection and no state of a run."""

@@ -13,6 +13,7 @@ prepared statement, hence right before we know whether a pooler stands between.
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
@@ -45,6 +46,8 @@ __all__ = ["PostgresHandler"]
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 ROLLBACK_TIMEOUT = 5.0
+INVALID = "the invalid index "
+
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as $n.
 
 # A statement that runs on after its client died keeps the session lock: have the server look for
@@ -85,6 +88,24 @@ SELECT $1::bigint, $2::text, $3::text, $4::text, now(), $5::double precision, $6
 ON CONFLICT (version) DO UPDATE SET status = excluded.status, duration = excluded.duration
 WHERE h.status = 'started' AND h.token IS NOT DISTINCT FROM excluded.token
 RETURNING txid_current()
+"""
+
+FENCE = """
+WITH fence AS (
+    SELECT FROM {lock} WHERE name = $2 AND token = $3 AND locked_by = $4 FOR KEY SHARE
+)
+"""
+FINISH = """
+UPDATE {history} SET status = 'applied' FROM fence WHERE version = $1 AND status = 'started'
+"""
+FORGET = "DELETE FROM {history} USING fence WHERE version = $1 AND status = 'started'"
+
+# A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write.
+INVALID_INDEXES = """
+SELECT i.relname AS index, format('%I.%I', n.nspname, i.relname) AS qualified
+FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
+JOIN pg_namespace AS n ON n.oid = i.relnamespace
+WHERE NOT x.indisvalid ORDER BY 2
 """
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
@@ -301,6 +322,23 @@ class PostgresSession:
                 "the script was rolled back; run msr migrate again"
             )
 
+    async def find_leftovers(self, text: str) -> Sequence[str]:
+        rows = await self.fetch(INVALID_INDEXES)
+        return [f"{INVALID}{row['qualified']}" for row in rows if _mentions(text, row["index"])]
+
+    async def drop_leftover(self, leftover: str) -> None:
+        with self.explained():
+            name = leftover.removeprefix(INVALID)
+            await self.connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
+
+    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
+        assert lease is not None, "a repair takes the lock"
+        query = FENCE + (FINISH if applied else FORGET) + " RETURNING 1"
+        with self.explained():
+            fence = (lease.name, lease.token, lease.locked_by)
+            if not await self.connection.fetch(self.sql(query), version, *fence):
+                raise LockLostError
+
     async def fetch(self, query: str, *values: object) -> list[Any]:
         """One statement, in a transaction of its own where a pooler may stand between."""
         with self.explained():
@@ -387,6 +425,10 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
             sqlstate=getattr(error, "sqlstate", None),
             hint=getattr(error, "hint", None),
         ) from error
+
+
+def _mentions(text: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def _quoted(name: str) -> str:

@@ -83,6 +83,9 @@ ON CONFLICT (version) DO UPDATE SET status = excluded.status, duration = exclude
 WHERE status = 'started' AND token IS excluded.token
 """
 
+FINISH = "UPDATE {history} SET status = 'applied' WHERE version = :version AND status = 'started'"
+FORGET = "DELETE FROM {history} WHERE version = :version AND status = 'started'"
+
 
 class SqliteHandler:
     """An SQLite database, by URL: `sqlite:///relative.db`, `sqlite:////absolute.db`.
@@ -218,6 +221,15 @@ class SqliteSession:
     async def record(self, row: HistoryRow, lease: Lease | None) -> None:
         await self.hop(self._record, row, lease)
 
+    async def find_leftovers(self, text: str) -> Sequence[str]:
+        return ()  # SQLite has nothing that a killed statement leaves behind
+
+    async def drop_leftover(self, leftover: str) -> None:
+        """Never called: there are none."""
+
+    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
+        await self.hop(self._repair, version, applied, lease)
+
     def _begin(self, db: sqlite3.Connection, lease: Lease | None) -> None:
         db.execute(f"PRAGMA busy_timeout = {int(WRITE_BUSY * 1000)}")
         db.execute("BEGIN IMMEDIATE")
@@ -274,6 +286,13 @@ class SqliteSession:
             raise LockLostError(
                 "another process has applied this script: it was rolled back; run msr migrate again"
             )
+
+    def _repair(
+        self, db: sqlite3.Connection, version: int, applied: bool, lease: Lease | None
+    ) -> None:
+        db.execute(self.sql(FINISH if applied else FORGET), {"version": version})
+        if lease is not None:
+            self._fence(db, lease)
 
     def _fence(self, db: sqlite3.Connection, lease: Lease) -> None:
         if db.execute(self.sql(RENEW), lease_values(lease)).rowcount != 1:
