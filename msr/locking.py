@@ -32,25 +32,33 @@ Who moves it, and what happens when that fails:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import anyio
 
-from msr.errors import DatabaseBusyError, LockHeldError, LockLostError
+from msr.errors import (
+    DatabaseBusyError,
+    DatabaseUnreachableError,
+    LockHeldError,
+    LockLostError,
+)
 
 __all__ = ["ForcedRelease", "Lease", "LockStatus", "LockingService", "Owner", "hold", "renew"]
 
 logger = logging.getLogger("msr")
+
+T = TypeVar("T")
 
 FIRST_POLL = 0.05
 LAST_POLL = 0.5
@@ -60,6 +68,9 @@ holder goes unnoticed (promise L2); a clean release is announced, or polled for 
 FIRST_HEARTBEAT = 1.0
 LONGEST_HEARTBEAT = 10.0
 """A run shorter than the first never opens the heartbeat's connection at all."""
+
+LOOK_AROUND = 0.2
+"""Seconds between two looks at whether the worker's connection still stands."""
 
 ATTEMPT_BOUND = 15.0
 RELEASE_BOUND = 5.0
@@ -184,6 +195,10 @@ class LockingService(Protocol):
         """Free the lock and tell the waiters. False: it was not ours, and nothing changed."""
         ...
 
+    def is_alive(self) -> bool:
+        """Whether the connection that the lock was taken on still stands. Does no I/O."""
+        ...
+
     async def get_status(self) -> LockStatus:
         """Look, without writing or creating anything. No table means: not locked."""
         ...
@@ -232,16 +247,17 @@ async def hold(
     loss: str | None = None
     failure: BaseException | None = None
     released: bool | None = None
+    ours = True  # for all we know; if not, there is nothing to release
     try:
         async with anyio.create_task_group() as tasks:
 
-            def lose(reason: str) -> None:
-                nonlocal loss
-                loss = loss or reason
+            def lose(reason: str, still_ours: bool = False) -> None:
+                nonlocal loss, ours
+                loss, ours = loss or reason, still_ours
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(_heartbeat, lease, connect, lose)
-            tasks.start_soon(_watch, lease, lose)
+            tasks.start_soon(_watch, service, lease, lose)
             try:
                 yield lease
             except anyio.get_cancelled_exc_class():
@@ -250,8 +266,8 @@ async def hold(
                 failure = error
             tasks.cancel_scope.cancel()
     finally:
-        if loss is None:
-            released = await _release(service, connect, lease)
+        if ours:
+            released = await _finish(_release(service, connect, lease))
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
     if loss is not None:
@@ -286,11 +302,11 @@ async def _acquire(
     while True:
         sent = time.monotonic()
         try:
-            if status is not None and done is not None and await done():
-                return None
-            # Shielded: a lock that the database has granted must not be forgotten on the way.
-            with anyio.fail_after(ATTEMPT_BOUND, shield=True):
-                outcome = await service.acquire(owner, timeout, running)
+            if status is not None and done is not None:
+                with _answered_within(ATTEMPT_BOUND):
+                    if await done():
+                        return None
+            outcome = await _attempt(service, owner, timeout, running)
         except DatabaseBusyError:
             if sent - started >= wait:
                 raise
@@ -305,8 +321,66 @@ async def _acquire(
         if on_wait is not None:
             on_wait(status, waited)
         jittered = pause * random.uniform(0.8, 1.2)
-        await service.wait(min(jittered, wait - waited))
+        with _answered_within(ATTEMPT_BOUND):
+            await service.wait(min(jittered, wait - waited))
         pause = min(pause * 1.5, LAST_POLL)
+
+
+async def _attempt(
+    service: LockingService, owner: Owner, timeout: float, running: str | None
+) -> Lease | LockStatus:
+    """One attempt, to its end: a lock that the database has granted must not be forgotten."""
+
+    outcome: Lease | LockStatus | None = None
+
+    async def attempt() -> None:
+        nonlocal outcome
+        with _answered_within(ATTEMPT_BOUND):
+            outcome = await service.acquire(owner, timeout, running)
+
+    try:
+        await _finish(attempt())
+    except asyncio.CancelledError:
+        if isinstance(outcome, Lease):
+            await _finish(_give_back(service, outcome))
+        raise
+    assert outcome is not None
+    return outcome
+
+
+async def _give_back(service: LockingService, lease: Lease) -> None:
+    with anyio.move_on_after(RELEASE_BOUND), suppress(Exception):
+        await service.release(lease)
+
+
+async def _finish(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even when we are cancelled meanwhile; then be cancelled.
+
+    A shielded scope keeps anyio's cancellation off, but not `task.cancel()`, which is what
+    `asyncio.timeout` and most servers use.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError from task.exception()
+    return task.result()
+
+
+@contextmanager
+def _answered_within(seconds: float) -> Iterator[None]:
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError:
+        raise DatabaseUnreachableError(
+            f"the database did not answer within {seconds:g} s"
+        ) from None
 
 
 def _refusal(status: LockStatus, waited: float) -> str:
@@ -325,6 +399,7 @@ def _refusal(status: LockStatus, waited: float) -> str:
 
 
 async def _heartbeat(lease: Lease, connect: Connect, lose: Callable[[str], None]) -> None:
+    told = ""
     await anyio.sleep(min(FIRST_HEARTBEAT, lease.interval))
     while True:
         try:
@@ -335,7 +410,8 @@ async def _heartbeat(lease: Lease, connect: Connect, lose: Callable[[str], None]
             return lose(str(error))
         except Exception as error:  # whatever it is, _watch ends it when the trust has run out
             lease.unattended = getattr(error, "is_full", False)
-            logger.warning("the migration lock could not be renewed, trying again: %s", error)
+            if told != (told := str(error)):
+                logger.warning("the migration lock could not be renewed, trying again: %s", error)
             await anyio.sleep(min(FIRST_HEARTBEAT, lease.interval / 2))
 
 
@@ -347,31 +423,42 @@ async def _beat(service: LockingService, lease: Lease) -> None:
             lease.trust(time.monotonic())
         elif time.monotonic() >= due or published != lease.running:
             published, due = lease.running, time.monotonic() + lease.interval
-            await renew(service, lease)
-        if await service.wait(min(FIRST_HEARTBEAT, lease.interval)):
-            due = 0.0
+            with _answered_within(max(lease.interval, 1)):
+                await renew(service, lease)
+        pause = min(FIRST_HEARTBEAT, lease.interval)
+        with _answered_within(pause + max(lease.interval, 1)):
+            if await service.wait(pause):
+                due = 0.0
 
 
-async def _watch(lease: Lease, lose: Callable[[str], None]) -> None:
+async def _watch(service: LockingService, lease: Lease, lose: Callable[[str, bool], None]) -> None:
+    deaths = 0
     while lease.secured or lease.unattended or time.monotonic() < lease.trusted_until:
+        deaths = 0 if service.is_alive() else deaths + 1
+        if deaths == 2:  # once is for a body that finds out by itself, and says more about it
+            return lose("the database session that held the migration lock was ended", True)
         remaining = lease.trusted_until - time.monotonic()
-        await anyio.sleep(max(remaining, 0.05))
+        await anyio.sleep(min(max(remaining, 0.05), LOOK_AROUND))
     lose(
         "the migration lock was not renewed before its lease ran out: the database did not answer, "
-        "or this process stood still"
+        "or this process stood still",
+        False,
     )
 
 
 async def _release(service: LockingService, connect: Connect, lease: Lease) -> bool | None:
-    """Whether the lock was ours to release; None when the database could not be asked."""
-    with anyio.move_on_after(RELEASE_BOUND, shield=True):
+    """Whether the lock was ours to release; None when that cannot be known."""
+    was_alive = service.is_alive()
+    with anyio.move_on_after(RELEASE_BOUND):
         try:
-            return await service.release(lease)
+            with anyio.fail_after(RELEASE_BOUND / 2):
+                return await service.release(lease)
         except Exception as error:
             logger.debug("release over the worker's connection failed: %s", error)
         try:
             async with connect() as other:
-                return await other.release(lease)
+                # What changes nothing now may have been done by the first attempt.
+                return await other.release(lease) or (None if was_alive else False)
         except Exception as error:
             logger.debug("release over a new connection failed: %s", error)
     logger.warning(

@@ -68,6 +68,7 @@ class Run:
         self.pending_before = 0
         self.applied_before = 0
         self.waited = 0.0
+        self.finished = False
         self.token: int | None = None
 
     async def migrate(self) -> MigrationResult:
@@ -79,6 +80,7 @@ class Run:
         except MsrError as error:
             error.result = self.result()
             raise
+        self.finished = True
         return self.result()
 
     async def repair(self, version: int, *, applied: bool) -> HistoryRow:
@@ -108,7 +110,7 @@ class Run:
             executed=tuple(self.executed),
             pending_before=self.pending_before,
             applied_before=self.applied_before,
-            followed=len(self.executed) < self.pending_before,
+            followed=self.finished and len(self.executed) < self.pending_before,
             duration=time.monotonic() - self.started,
             waited=self.waited,
             token=self.token,
@@ -186,7 +188,11 @@ class Run:
         return make_plan(self.scripts, await session.read_history())
 
     def _prepare(self, pending: Sequence[Script]) -> dict[int, PreparedScript]:
-        return {script.version: prepare_script(script, self.handler.dialect) for script in pending}
+        return {
+            script.version: prepare_script(script, self.handler.dialect)
+            for script in pending
+            if script.checksum  # else unreadable, and reported as such already
+        }
 
     async def _apply_pending(
         self,
@@ -201,6 +207,8 @@ class Run:
             raise DatabaseError("the history changed under us: see msr list, then run msr migrate")
         if not all(self.prepared[script.version].transaction for script in plan.pending):
             await session.require_outside_transaction()
+        if lease is not None:
+            lease.running = _step(plan.pending, 0)
         for index in range(len(plan.pending)):
             if lease is not None and lease.is_due and session.locking is not None:
                 await renew(session.locking, lease)  # where the heartbeat has no connection
@@ -282,12 +290,13 @@ class Run:
         if up is None:
             await session.execute_script(script.text)
         else:
-            await up(session.connection)
+            await up(await session.script_connection())
 
     def _failure(self, script: Script, error: Exception, committed: bool | None) -> MigrationError:
         transaction = self.prepared[script.version].transaction
         if isinstance(error, StatementError):
-            line, column, hint = error.line, error.column, error.hint
+            line = error.line or _line_in(script.path, error.__cause__)
+            column, hint = error.column, error.hint
             message, sqlstate = error.message, error.sqlstate
             committed = committed or error.committed
         else:
@@ -341,7 +350,7 @@ def _step(pending: Sequence[Script], index: int) -> str | None:
     return f"{pending[index].label} ({index + 1} of {len(pending)})"
 
 
-def _line_in(path: Path, error: BaseException) -> int | None:
+def _line_in(path: Path, error: BaseException | None) -> int | None:
     """The last line of the script's own file that the exception passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__ if error is not None else None)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)

@@ -49,9 +49,8 @@ class Session(Protocol):
         """The lock through this connection, or None where the handler has no locking service."""
         ...
 
-    @property
-    def connection(self) -> Any:
-        """The driver's own connection, as Python scripts get it."""
+    async def script_connection(self) -> Any:
+        """The driver's own connection, for a Python script to use."""
         ...
 
     async def read_history(self) -> Sequence[HistoryRow]:

@@ -46,16 +46,22 @@ __all__ = ["PostgresHandler"]
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 ROLLBACK_TIMEOUT = 5.0
+ENDED_TRANSACTION = (
+    "the script ended the transaction that msr runs it in: remove its COMMIT or ROLLBACK, or let "
+    "it opt out of the transaction"
+)
 INVALID = "the invalid index "
 
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as $n.
 
 # A statement that runs on after its client died keeps the session lock: have the server look for
-# its client. Not every server knows this setting, or can do it; then nothing is set, or it fails.
+# its client. And an idle holder is no idle session. Not every server knows these settings, or can
+# do the first; then they are not set, or that fails.
 WATCH_CLIENT = """
-SELECT set_config(name, '500', false) FROM pg_settings
-WHERE name = 'client_connection_check_interval'
+SELECT set_config(name, CASE name WHEN 'idle_session_timeout' THEN '0' ELSE '500' END, false)
+FROM pg_settings WHERE name IN ('client_connection_check_interval', 'idle_session_timeout')
 """
+WATCH_CLIENT_AGAIN = "SET client_connection_check_interval = 500; SET idle_session_timeout = 0"
 
 RESET = "RESET ALL; RESET ROLE"
 
@@ -207,6 +213,8 @@ class PostgresSession:
         self._reconnect = reconnect
         self._committing = False
         self._transaction_id: int | None = None
+        self._script_transaction_id: int | None = None
+        self._has_history = False
 
     def sql(self, template: str) -> str:
         return template.format_map(self.names)
@@ -223,8 +231,8 @@ class PostgresSession:
         """Have the server notice when we die in the middle of a statement, where it can."""
         if not self.pooled:
             with suppress(DatabaseError):
-                if await self.fetch(WATCH_CLIENT):
-                    self._reset = f"{RESET}; SET client_connection_check_interval = 500"
+                if len(await self.fetch(WATCH_CLIENT)) == 2:
+                    self._reset = f"{RESET}; {WATCH_CLIENT_AGAIN}"
 
     async def read_history(self) -> Sequence[HistoryRow]:
         import asyncpg
@@ -239,6 +247,7 @@ class PostgresSession:
                 await self.connection.copy_from_query(self.sql(READ_HISTORY), output=receive)
             except asyncpg.UndefinedTableError:
                 return []
+        self._has_history = True
         # COPY doubles every backslash; JSON from jsonb has no other character that COPY escapes.
         document = json.loads(received.replace(b"\\\\", b"\\"))
         self.pooled = document["pid"] != self.connection.get_server_pid()
@@ -246,7 +255,8 @@ class PostgresSession:
 
     async def create_history(self) -> None:
         await self.locking.identify()
-        await self.create(CREATE_HISTORY)
+        if not self._has_history:  # CREATE needs a privilege even when there is nothing to create
+            await self.create(CREATE_HISTORY)
 
     async def require_outside_transaction(self) -> None:
         await self.locking.identify()
@@ -259,27 +269,57 @@ class PostgresSession:
 
     @asynccontextmanager
     async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
+        if self.connection.is_in_transaction():
+            await self.leave_transaction()
+            raise StatementError(
+                "the script left a transaction open, which was rolled back: add its COMMIT"
+            )
         if self._used and not self.pooled:  # what a script SET is not for the next one
             with self.explained():
                 await self.connection.execute(self._reset)
         self._used = True
-        transaction = self.connection.transaction()
-        with self.explained():
-            await transaction.start()
-        try:
+        self._transaction_id = self._script_transaction_id = None
+        async with self._atomic():
             yield
             self._committing = True
+        self._committing = False
+
+    @asynccontextmanager
+    async def _atomic(self) -> AsyncIterator[None]:
+        """A transaction that is over when this is, however it ends, within bounded time."""
+        transaction = self.connection.transaction()
+        started = False
+        try:
+            with self.explained():
+                await transaction.start()
+            started = True
+            yield
             with statement_errors():
                 await transaction.commit()
-            self._committing = False
         except BaseException:
-            # A cancelled statement on a frozen server would keep ROLLBACK waiting for ever.
-            with anyio.move_on_after(ROLLBACK_TIMEOUT, shield=True) as scope:
-                with suppress(Exception):  # no connection: the server has rolled back by itself
-                    await transaction.rollback()
-            if scope.cancelled_caught:
-                self.connection.terminate()
+            try:
+                # A cancelled statement on a frozen server would keep ROLLBACK waiting for ever.
+                with anyio.move_on_after(ROLLBACK_TIMEOUT, shield=True), suppress(Exception):
+                    if started:
+                        await transaction.rollback()
+            finally:
+                # Cancelled in BEGIN, or again in ROLLBACK: the server has to do it by itself.
+                if not started or self.connection.is_in_transaction():
+                    self.connection.terminate()
             raise
+
+    async def leave_transaction(self) -> None:
+        """Roll back what a script began outside our transactions and did not end."""
+        if self.connection.is_in_transaction():
+            with self.explained():
+                await self.connection.execute("ROLLBACK")
+
+    async def script_connection(self) -> asyncpg.Connection:
+        if self.connection.is_in_transaction():
+            with self.explained():
+                query = "SELECT txid_current()"
+                self._script_transaction_id = await self.connection.fetchval(query)
+        return self.connection
 
     async def resolve_commit(self) -> bool | None:
         if not self._committing or self._transaction_id is None:
@@ -303,19 +343,22 @@ class PostgresSession:
                 await self.connection.execute(statement.text)
 
     async def record(self, row: HistoryRow, lease: Lease | None) -> None:
+        import asyncpg
+
         values = [row.version, row.name, row.checksum, row.status, row.duration, row.executed_by]
         if not self.connection.is_in_transaction():
-            raise StatementError(
-                "the script ended the transaction that msr runs it in: remove its COMMIT or "
-                "ROLLBACK, or let it opt out of the transaction",
-                committed=True,
-            )
+            raise StatementError(ENDED_TRANSACTION, committed=True)
         query = UNFENCED_RECORD
         if lease is not None:
             query = FENCED_RECORD
             values += [lease.name, lease.token, lease.locked_by]
         with self.explained():
-            self._transaction_id = await self.connection.fetchval(self.sql(query), *values)
+            try:
+                self._transaction_id = await self.connection.fetchval(self.sql(query), *values)
+            except asyncpg.UndefinedTableError:
+                raise LockLostError("the lock's table, or the history, was dropped") from None
+        if self._script_transaction_id not in (None, self._transaction_id):
+            raise StatementError(ENDED_TRANSACTION, committed=True)
         if self._transaction_id is None:
             raise LockLostError(
                 "the migration lock was lost, or another process has applied this script: "
@@ -344,7 +387,7 @@ class PostgresSession:
         with self.explained():
             if not self.pooled:
                 return list(await self.connection.fetch(self.sql(query), *values))
-            async with self.connection.transaction():
+            async with self._atomic():
                 return list(await self.connection.fetch(self.sql(query), *values))
 
     async def create(self, statements: str) -> None:
@@ -354,7 +397,7 @@ class PostgresSession:
         for pause in (0.01, 0.05, 0.2, None):
             try:
                 with self.explained():
-                    async with self.connection.transaction():
+                    async with self._atomic():
                         await self.connection.execute(self.sql(statements))
                 return
             except DatabaseError as error:
@@ -380,7 +423,7 @@ class PostgresSession:
             raise
         except asyncpg.PostgresError as error:
             raise self._explain(error) from error
-        except (asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
             raise DatabaseUnreachableError(
                 f"the connection to the database was lost: {_sentence(error)}"
             ) from error
@@ -392,7 +435,7 @@ class PostgresSession:
         if isinstance(error, asyncpg.UndefinedColumnError):
             return foreign_table(self.config, sentence)
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            if "schema" in sentence:
+            if "for schema" in sentence:
                 way_out = "grant this role USAGE and CREATE on the schema, or make the tables once"
             else:
                 way_out = "grant this role SELECT, INSERT and UPDATE on msr's tables and USAGE on"

@@ -46,12 +46,13 @@ BLOCKED_AFTER = 1.0
 # The statements. {lock} and {token} are quoted identifiers; values travel as $n.
 
 # Where the tables are, or would be made: a script may change the search_path (every pg_dump does).
+# The key is made of what the names come to, so that every spelling of one table gives the same.
 IDENTIFY = """
 SELECT pg_backend_pid() AS pid, s.lock AS lock_schema, s.history AS history_schema,
-       hashtextextended(format('msr %s %s %s', s.lock, $1::text, $3::text) COLLATE "C", 0) AS key
+       hashtextextended(format('msr %s %s %s', s.lock, $4::text, $5::text) COLLATE "C", 0) AS key
 FROM (SELECT
-    coalesce((SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($1)),
-             quote_ident(current_schema())) AS lock,
+    coalesce(quote_ident($3), (SELECT relnamespace::regnamespace::text FROM pg_class
+             WHERE oid = to_regclass($1)), quote_ident(current_schema())) AS lock,
     coalesce((SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass($2)),
              quote_ident(current_schema())) AS history) AS s
 """
@@ -77,7 +78,7 @@ CREATE TABLE IF NOT EXISTS {lock} (
 );
 """
 
-CREATE_ROW = "INSERT INTO {lock} (name) VALUES ($1) ON CONFLICT DO NOTHING"
+CREATE_ROW = "INSERT INTO {lock} (name) VALUES ($1) ON CONFLICT DO NOTHING RETURNING name"
 
 # {key} is whoever holds the advisory lock now; its 64 bits stand in two columns of pg_locks.
 KEY_HOLDER = """
@@ -94,15 +95,19 @@ SELECT l.*, clock_timestamp() AS checked_at,
 FROM (SELECT) AS always LEFT JOIN {lock} AS l ON l.name = $1
 """.replace("KEY_HOLDER", KEY_HOLDER)
 
-# SKIP LOCKED: neither the fence of a frozen holder nor another acquirer makes this statement wait.
+# Key and row in one statement, so that a client that stands still is never seen between the two.
+# SKIP LOCKED: neither the fence of a frozen holder nor another acquirer makes it wait. $7 is our
+# own session, NULL behind a pooler, where the key is not taken and must only be nobody's.
 ACQUIRE = """
-WITH free AS (
-    SELECT name, locked_by FROM {lock} AS l
-    WHERE name = $1
-      AND (locked_by IS NULL OR expires_at <= clock_timestamp()
-           OR (session IS NOT NULL AND $7::integer IS NOT NULL)) -- $7: we have the key
-      AND NOT EXISTS (SELECT FROM (KEY_HOLDER) AS k WHERE k.pid <> pg_backend_pid())
-    FOR UPDATE SKIP LOCKED
+WITH key AS MATERIALIZED (
+    SELECT CASE WHEN $7::integer IS NULL THEN true ELSE pg_try_advisory_lock($2) END AS got
+), free AS (
+    SELECT l.name, l.locked_by FROM {lock} AS l CROSS JOIN key
+    WHERE key.got AND l.name = $1
+      AND (l.locked_by IS NULL OR l.expires_at <= clock_timestamp()
+           OR (l.session IS NOT NULL AND $7 IS NOT NULL))
+      AND ($7 IS NOT NULL OR NOT EXISTS (KEY_HOLDER))
+    FOR UPDATE OF l SKIP LOCKED
 ), taken AS (
     UPDATE {lock} AS l SET
         token = nextval('{token}'), locked_by = $3, locked_at = t.now, renewed_at = t.now,
@@ -110,9 +115,9 @@ WITH free AS (
         session = $7, running = $8
     FROM free, (SELECT clock_timestamp() AS now) AS t
     WHERE l.name = free.name
-    RETURNING l.token
+    RETURNING l.token, CASE WHEN free.locked_by IS NOT NULL THEN pg_notify($9, '') END
 )
-SELECT token, CASE WHEN free.locked_by IS NOT NULL THEN pg_notify($9, '') END FROM taken, free
+SELECT key.got, taken.token FROM key LEFT JOIN taken ON true
 """.replace("KEY_HOLDER", KEY_HOLDER)
 
 RENEW = """
@@ -144,9 +149,12 @@ WITH freed AS (
 SELECT name, pg_notify($6, '') FROM freed
 """.replace("FREE", FREE)
 
-END_SESSION = "SELECT pg_terminate_backend(pid) FROM (KEY_HOLDER) AS k WHERE pid = $1".replace(
-    "KEY_HOLDER", KEY_HOLDER
-)
+# Looked at again here: the session may have renewed, or taken the lock, since it was judged.
+END_SESSION = """
+SELECT pg_terminate_backend(pid) FROM (KEY_HOLDER) AS k
+WHERE pid = $1 AND ($4 OR NOT EXISTS (
+    SELECT FROM {lock} WHERE name = $3 AND session = $1 AND expires_at > clock_timestamp()))
+""".replace("KEY_HOLDER", KEY_HOLDER)
 
 
 class PostgresLocking:
@@ -165,54 +173,53 @@ class PostgresLocking:
     async def acquire(
         self, owner: Owner, timeout: float, running: str | None
     ) -> Lease | LockStatus:
+        import asyncpg
+
         key = await self.identify()
         session = self._session
-        if not session.pooled:
-            if not self._has_key:
-                [[self._has_key]] = await session.fetch("SELECT pg_try_advisory_lock($1)", key)
-            if not self._has_key:
-                return await self._refused(owner)
         pid = None if session.pooled else session.connection.get_server_pid()
-        for create in (self._create_row, None):
-            rows = await self._fetch_lock(
-                ACQUIRE,
-                *(self._name, key, owner.locked_by, timeout, owner.process_id, owner.hostname),
-                *(pid, running, self._channel),
-            )
-            if rows:
-                return Lease(self._name, rows[0]["token"], owner.locked_by, timeout, running)
-            if create is not None:
-                await create()
+        values = (
+            *(self._name, key, owner.locked_by, timeout, owner.process_id, owner.hostname),
+            *(pid, running, self._channel),
+        )
+        try:
+            [(got, token)] = await session.fetch(ACQUIRE, *values)
+        except asyncpg.UndefinedTableError:
+            await self._create_table(key)
+            [(got, token)] = await session.fetch(ACQUIRE, *values)
+        if got and token is None and await session.fetch(CREATE_ROW, self._name):
+            [(_, token)] = await session.fetch(ACQUIRE, *values)
+            await self._unlock(key)  # it was taken twice, and session locks count
+        self._has_key = got and pid is not None
+        if token is not None:
+            return Lease(self._name, token, owner.locked_by, timeout, running)
         if self._has_key:
-            await session.fetch("SELECT pg_advisory_unlock($1)", key)
+            self._suspect = None
+            await self._unlock(key)
             self._has_key = False
-        return await self.get_status()
+            return await self.get_status()
+        return await self._refused(owner)
 
     async def renew(self, lease: Lease) -> bool:
         values = (lease.name, lease.token, lease.locked_by, lease.timeout, lease.running)
         return await self._change(RENEW, *values)
 
     async def release(self, lease: Lease) -> bool:
+        await self._session.leave_transaction()
         released = await self._change(RELEASE, lease.name, lease.token, lease.locked_by)
         key = await self.identify()
         # The announcement comes after the key is free, or a waiter would wake up too early.
         if self._has_key:
-            await self._session.fetch(
-                "SELECT pg_advisory_unlock($1), pg_notify($2, '')", key, self._channel
-            )
+            await self._unlock(key)
             self._has_key = False
-        else:
-            await self._session.fetch("SELECT pg_notify($1, '')", self._channel)
+        await self._session.fetch("SELECT pg_notify($1, '')", self._channel)
         return released
 
-    async def get_status(self) -> LockStatus:
-        import asyncpg
+    def is_alive(self) -> bool:
+        return not self._session.connection.is_closed()
 
-        key = await self.identify()
-        try:
-            [row] = await self._session.fetch(READ_STATUS, self._name, key)
-        except asyncpg.UndefinedTableError:
-            return LockStatus(name=self._name)
+    async def get_status(self) -> LockStatus:
+        [row] = await self._fetch_status(await self.identify())
         return self._status(row)
 
     async def force_release(
@@ -221,13 +228,15 @@ class PostgresLocking:
         key = await self.identify()
         deadline = time.monotonic() + BLOCKED_AFTER
         while True:
-            [row] = await self._session.fetch(READ_STATUS, self._name, key)
-            if row["token"] != token or row["locked_by"] is None:
+            [row] = await self._fetch_status(key)
+            if row is None or row["token"] != token or row["locked_by"] is None:
                 return False
             freed = await self._free(token, by, reason, only_expired=False)
             if terminate and row["session"] is not None:
-                await self._end_session(row["session"])
+                await self._end_session(row["session"], whatever=True)
             if freed:
+                if terminate and self._obstacle:
+                    raise DatabaseError(f"the lock was released, but {self._obstacle}")
                 return True
             if time.monotonic() > deadline:
                 raise LockBlockedError(
@@ -259,7 +268,8 @@ class PostgresLocking:
         """The advisory lock's key; learns on the way what else must be known of this session."""
         if self._key is None:
             session = self._session
-            names = (session.names["lock"], session.names["history"])
+            schema, _, table = session.config.locking.table_name.rpartition(".")
+            names = (session.names["lock"], session.names["history"], schema or None, table)
             [row] = await session.fetch(IDENTIFY, *names, self._name)
             session.settle(row["pid"], row["lock_schema"], row["history_schema"])
             await session.watch_client()
@@ -271,18 +281,28 @@ class PostgresLocking:
         if self._news is not None:
             self._news.set()
 
-    async def _fetch_lock(self, query: str, *values: object) -> list[Any]:
-        """A statement on the lock table, which is made where it is missing."""
+    async def _create_table(self, key: int) -> None:
+        """Make the table; under the key where there is one, so that a crowd does not collide."""
+        if self._session.pooled:
+            await self._session.create(CREATE_LOCK)
+            return
+        while not (await self._session.fetch("SELECT pg_try_advisory_lock($1)", key))[0][0]:
+            await anyio.sleep(0.02)
+            if await self._session.fetch("SELECT to_regclass($1)", self._session.names["lock"]):
+                return
+        await self._session.create(CREATE_LOCK)
+        await self._unlock(key)
+
+    async def _unlock(self, key: int) -> None:
+        await self._session.fetch("SELECT pg_advisory_unlock($1)", key)
+
+    async def _fetch_status(self, key: int) -> list[Any]:
         import asyncpg
 
         try:
-            return await self._session.fetch(query, *values)
+            return await self._session.fetch(READ_STATUS, self._name, key)
         except asyncpg.UndefinedTableError:
-            await self._session.create(CREATE_LOCK)
-            return await self._session.fetch(query, *values)
-
-    async def _create_row(self) -> None:
-        await self._session.fetch(CREATE_ROW, self._name)
+            return [None]
 
     async def _change(self, query: str, *values: object) -> bool:
         import asyncpg
@@ -294,36 +314,36 @@ class PostgresLocking:
 
     async def _refused(self, owner: Owner) -> LockStatus:
         """Another session has the key. Judge it, and end it if it is frozen or doomed."""
-        import asyncpg
-
-        try:
-            [row] = await self._session.fetch(READ_STATUS, self._name, await self.identify())
-        except asyncpg.UndefinedTableError:
-            return LockStatus(name=self._name)
+        [row] = await self._fetch_status(await self.identify())
+        if row is None:
+            return self._status(row)
         pid, now = row["key_holder"], time.monotonic()
-        if row["locked_by"] is None and pid is not None:
-            if self._suspect is None or self._suspect[0] != pid:
-                self._suspect = (pid, now)
-            elif now - self._suspect[1] > GRACE:
-                await self._end_session(pid)
-        else:
+        if pid is not None and row["is_expired"] and row["session"] == pid:
+            await self._free(row["token"], owner.locked_by, "the lease expired", True)
+            await self._end_session(pid)
+        elif pid is None or row["session"] == pid:
             self._suspect = None
-            if row["is_expired"] and pid is not None:
-                await self._free(row["token"], owner.locked_by, "the lease expired", True)
-                await self._end_session(pid)
+        elif self._suspect is None or self._suspect[0] != pid:
+            self._suspect = (pid, now)
+        elif now - self._suspect[1] > GRACE:
+            await self._end_session(pid)
         return self._status(row)
 
     async def _free(self, token: int, by: str, reason: str | None, only_expired: bool) -> bool:
         values = (self._name, token, by, reason, only_expired, self._channel)
         return bool(await self._session.fetch(FORCE_RELEASE, *values))
 
-    async def _end_session(self, pid: int) -> None:
+    async def _end_session(self, pid: int, *, whatever: bool = False) -> None:
+        """End the session if it has the key and no valid lease, or `whatever` it has."""
+        self._obstacle = None
         try:
-            await self._session.fetch(END_SESSION, pid, self._key)
+            await self._session.fetch(END_SESSION, pid, self._key, self._name, whatever)
         except DatabaseError as error:
             self._obstacle = f"its database session {pid} still runs and cannot be ended: {error}"
 
     def _status(self, row: Any) -> LockStatus:
+        if row is None:  # no table
+            return LockStatus(name=self._name)
         if row["locked_by"] is None:
             holder = None
         elif row["session"] is None:

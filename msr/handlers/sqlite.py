@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import quote
 
 import anyio
+import anyio.to_thread
 
 from msr.config import Config
 from msr.errors import (
@@ -35,7 +38,13 @@ from msr.errors import (
     MsrError,
 )
 from msr.handlers.base import StatementError, foreign_table, history_row
-from msr.handlers.sqlite_lock import RENEW, SqliteLocking, lease_values, read_rows, write
+from msr.handlers.sqlite_lock import (
+    RENEW,
+    SqliteLocking,
+    is_busy,
+    lease_values,
+    read_rows,
+)
 from msr.locking import Lease
 from msr.plan import HistoryRow
 from msr.sql import Statement, split_sqlite
@@ -50,7 +59,14 @@ T = TypeVar("T")
 
 READ_BUSY = 5.0
 WRITE_BUSY = 30.0
-"""Seconds to wait for other connections: to read, and to begin a script."""
+BUSY_PIECE = 0.2
+"""Seconds to wait for other connections: to read; to begin or commit a script, in pieces of."""
+
+NOT_AUTHORIZED = "not authorized"
+ENDED_TRANSACTION = (
+    "the script may not begin, commit or roll back, because msr runs it in a transaction: remove "
+    "that (executescript and commit() do it too), or let it opt out of the transaction"
+)
 
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as :name.
 
@@ -104,7 +120,8 @@ class SqliteHandler:
         if self.url.path is None:
             # A shared cache is dropped with its last connection, so this one stays open.
             self._memory = f"file:msr-{uuid.uuid4()}?mode=memory&cache=shared"
-            self._anchor = sqlite3.connect(self._memory, uri=True)
+            self._anchor = sqlite3.connect(self._memory, uri=True, check_same_thread=False)
+            weakref.finalize(self, self._anchor.close)
 
     def __repr__(self) -> str:
         return f"SqliteHandler({self.url.display!r})"
@@ -145,6 +162,7 @@ class SqliteSession:
         self._connection: aiosqlite.Connection | None = None
         self._stopped = False
         self._committed = False
+        self._has_history = False
         self.locking = SqliteLocking(self)
 
     def sql(self, template: str) -> str:
@@ -175,42 +193,60 @@ class SqliteSession:
             )
         return True
 
+    async def script_connection(self) -> aiosqlite.Connection:
+        return self.connection
+
     async def close(self) -> None:
         if self._connection is not None:
-            await self.hop(self.locking.forget)
-            await self._connection.close()
+            connection, self._connection = self._connection, None
+            await anyio.to_thread.run_sync(self.locking.forget)
+            await connection.close()
 
     async def read_history(self) -> Sequence[HistoryRow]:
         if not await self.open(create=False):
             return []
         rows = await self.hop(read_rows, self.sql(READ_HISTORY), {})
+        self._has_history = bool(rows)
         return [history_row(row) for row in rows]
 
     async def create_history(self) -> None:
         await self.open(create=True)
-        await self.hop(write, READ_BUSY, (self.sql(CREATE_HISTORY),), {})
+        if not self._has_history:
+            await self.hop(self._patiently, self.sql(CREATE_HISTORY))
 
     async def require_outside_transaction(self) -> None:
         """Always possible here."""
 
     @asynccontextmanager
     async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
-        await self.hop(self._begin, lease)
+        self._committed = False
         try:
+            await self.hop(self._begin, lease)
             if lease is not None:
                 lease.secured = True
             yield
             await self.hop(self._commit)
+        except sqlite3.DatabaseError as error:  # out of a Python script's own statement
+            await self._undo(cancelled=False)
+            if str(error) == NOT_AUTHORIZED:
+                raise StatementError(ENDED_TRANSACTION) from error
+            raise
         except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                if not isinstance(error, Exception):  # a script's own await may still be running
-                    await self.connection.interrupt()
-                with suppress(MsrError):
-                    await self.hop(self._rollback)
+            await self._undo(cancelled=not isinstance(error, Exception))
             raise
         finally:
             if lease is not None:
                 lease.secured = False
+
+    async def _undo(self, *, cancelled: bool) -> None:
+        """Leave no transaction open, if need be by closing the connection."""
+        with anyio.CancelScope(shield=True):
+            if cancelled:  # a script's own statement may still be running
+                await self.connection.interrupt()
+            with suppress(MsrError):
+                await self.hop(self._rollback)
+            if self.connection.in_transaction:
+                await self.close()
 
     async def resolve_commit(self) -> bool | None:
         return self._committed
@@ -231,21 +267,20 @@ class SqliteSession:
         await self.hop(self._repair, version, applied, lease)
 
     def _begin(self, db: sqlite3.Connection, lease: Lease | None) -> None:
-        db.execute(f"PRAGMA busy_timeout = {int(WRITE_BUSY * 1000)}")
-        db.execute("BEGIN IMMEDIATE")
-        self._committed = False
-        try:
-            if lease is not None:
-                self._fence(db, lease)
-        except BaseException:
+        if db.in_transaction:
             db.execute("ROLLBACK")
-            raise
+            raise StatementError(
+                "the script left a transaction open, which was rolled back: add its COMMIT"
+            )
+        self._patiently(db, "BEGIN IMMEDIATE")
+        if lease is not None:
+            self._fence(db, lease)
         db.set_authorizer(_forbid_transaction_control)
 
     def _commit(self, db: sqlite3.Connection) -> None:
         db.set_authorizer(None)
         try:
-            db.execute("COMMIT")
+            self._patiently(db, "COMMIT")
         except sqlite3.IntegrityError as error:  # a deferred foreign key
             raise StatementError(str(error)) from error
         self._committed = True
@@ -255,6 +290,19 @@ class SqliteSession:
         if db.in_transaction:
             db.execute("ROLLBACK")
 
+    def _patiently(self, db: sqlite3.Connection, statement: str) -> None:
+        """Wait for other connections in short pieces, because no interrupt ends such a wait."""
+        db.execute(f"PRAGMA busy_timeout = {int(BUSY_PIECE * 1000)}")
+        deadline = time.monotonic() + WRITE_BUSY
+        while True:
+            try:
+                db.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if not is_busy(error) or self._stopped or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # a shared cache does not wait at all
+
     def _execute_all(self, db: sqlite3.Connection, statements: Sequence[Statement]) -> None:
         for statement in statements:
             if self._stopped:
@@ -263,13 +311,13 @@ class SqliteSession:
                 db.execute(statement.text).fetchall()
             except (sqlite3.Error, sqlite3.Warning) as error:
                 message = str(error)
-                if message == "not authorized":
-                    message = (
-                        f"{statement.keyword} is not allowed: msr runs the script in a transaction"
-                    )
+                if message == NOT_AUTHORIZED:
+                    message = ENDED_TRANSACTION
                 raise StatementError(message, line=statement.line) from error
 
     def _record(self, db: sqlite3.Connection, row: HistoryRow, lease: Lease | None) -> None:
+        if not db.in_transaction:  # INSERT OR ROLLBACK, say
+            raise StatementError(ENDED_TRANSACTION, committed=True)
         values = {
             "version": row.version,
             "row_name": row.name,
@@ -313,9 +361,10 @@ class SqliteSession:
                 return await asyncio.shield(running)
         except asyncio.CancelledError:
             self._stopped = True
-            await connection.interrupt()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([running])
+                while not running.done():  # between two statements there is nothing to interrupt
+                    await connection.interrupt()
+                    await asyncio.wait([running], timeout=0.05)
             if not running.cancelled():
                 running.exception()  # seen, so that asyncio does not complain about it
             raise
@@ -331,7 +380,7 @@ class SqliteSession:
     def _explain(self, error: sqlite3.Error) -> MsrError:
         text, code = str(error), getattr(error, "sqlite_errorname", "")
         where = self.path or ":memory:"
-        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        if is_busy(error):
             return DatabaseBusyError(
                 f"{where} is locked by another process; try again when that has finished"
             )

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
+import anyio.to_thread
 
 from msr.errors import ConfigError, DatabaseBusyError, DatabaseError, LockBlockedError
 from msr.locking import ForcedRelease, Lease, LockStatus, Owner
@@ -38,10 +41,10 @@ try:
 except ImportError:  # Windows: no proof of death there, the lease decides
     fcntl = None  # type: ignore[assignment]  # a module, or its absence
 
-__all__ = ["RENEW", "SqliteLocking", "lease_values", "read_rows", "write"]
+__all__ = ["RENEW", "SqliteLocking", "is_busy", "lease_values", "read_rows", "write"]
 
 ATTEMPT_BUSY = 0.1
-CHANGE_BUSY = 5.0
+CHANGE_BUSY = 2.0
 """Seconds to wait for other connections: to try for the lock, to renew or release it."""
 
 LONGEST_POLL = 0.06
@@ -132,6 +135,7 @@ class SqliteLocking:
         self._session = session
         self._name = session.config.locking.name
         self._file: tuple[int, Path] | None = None  # our own lock file, open and locked
+        self._seen: tuple[object, object] | None = None  # the row's token and holder
 
     async def acquire(
         self, owner: Owner, timeout: float, running: str | None
@@ -144,8 +148,11 @@ class SqliteLocking:
 
     async def release(self, lease: Lease) -> bool:
         released = await self._change(RELEASE, lease)
-        await self._session.hop(self.forget)
+        await anyio.to_thread.run_sync(partial(self.forget, unlink=True))
         return released
+
+    def is_alive(self) -> bool:
+        return True  # a connection to a file does not break
 
     async def get_status(self) -> LockStatus:
         if not await self._session.open(create=False):
@@ -159,33 +166,55 @@ class SqliteLocking:
             raise ConfigError(
                 "SQLite has no sessions to end: end the holder's process instead", key="--terminate"
             )
-        await self._session.open(create=True)
+        if not await self._session.open(create=False):
+            return False
+        row = await self._session.hop(self._read)
+        if row["locked_by"] is None or row["token"] != token:
+            return False
         values = {"name": self._name, "token": token, "by": by, "reason": reason}
         statements = tuple(self._session.sql(text) for text in (NEXT_TOKEN, FORCE_RELEASE))
         try:
-            return await self._session.hop(write, BLOCKED_AFTER, statements, values) == 1
+            released = await self._session.hop(write, BLOCKED_AFTER, statements, values) == 1
         except DatabaseBusyError as error:
-            status = await self.get_status()
             raise LockBlockedError(
                 f"the database is inside a transaction, most likely that of the holder "
-                f"{status.locked_by} (running {status.running or 'nothing it told'}); nothing was "
-                f"released: end its process {status.process_id} on {status.hostname}, which rolls "
+                f"{row['locked_by']} (running {row['running'] or 'nothing it told'}); nothing was "
+                f"released: end its process {row['process_id']} on {row['hostname']}, which rolls "
                 "its script back"
             ) from error
+        if released and row["session"] is not None:
+            await anyio.Path(self._path(row["session"])).unlink(missing_ok=True)
+        return released
 
     async def wait(self, seconds: float) -> bool:
-        await anyio.sleep(min(seconds, LONGEST_POLL))
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            await anyio.sleep(min(remaining, LONGEST_POLL))
+            if not await self._session.open(create=False):
+                continue
+            try:
+                row = await self._session.hop(self._read)
+            except DatabaseBusyError:  # a holder's transaction: nothing has changed yet
+                continue
+            news = (row["token"], row["locked_by"])
+            if self._seen not in (None, news):
+                self._seen = news
+                return True
+            self._seen = news
         return False
 
-    def forget(self, _: sqlite3.Connection | None = None) -> None:
-        """Drop our lock file, if we have one."""
+    def forget(self, *, unlink: bool = False) -> None:
+        """Close our lock file. A file that stays, unlocked, proves that its holder is gone."""
         if self._file is not None:
             descriptor, path = self._file
             self._file = None
-            path.unlink(missing_ok=True)
+            if unlink:
+                path.unlink(missing_ok=True)
             os.close(descriptor)
 
     async def _change(self, query: str, lease: Lease) -> bool:
+        if not await self._session.open(create=False):
+            return False
         values = lease_values(lease)
         statements = (self._session.sql(query),)
         try:
@@ -205,8 +234,8 @@ class SqliteLocking:
             return self._status(row)
         try:
             db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            if row["locked_by"] is None:
+        except sqlite3.OperationalError as error:
+            if row["locked_by"] is None or not is_busy(error):
                 raise
             return self._status(row)  # expired, but its holder's transaction keeps everybody out
         try:
@@ -222,7 +251,7 @@ class SqliteLocking:
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self.forget()
+            self.forget(unlink=True)
             raise
         if row["session"] is not None:
             self._path(row["session"]).unlink(missing_ok=True)
@@ -343,6 +372,12 @@ def write(
             db.execute("ROLLBACK")
         raise
     return changed
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection is in the way, so that trying again may help."""
+    code = getattr(error, "sqlite_errorname", "")
+    return code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
 
 
 def lease_values(lease: Lease) -> dict[str, object]:

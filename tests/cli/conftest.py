@@ -4,11 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import pytest
 
-from tests.support.cli import run_msr, write_scripts
+import msr
+from tests.support.cli import write_scripts
 from tests.support.holder import Gate
 from tests.support.queries import query
+
+# An application whose handler brings no locking service, for whatever MSR_URL names.
+APPLICATION_WITHOUT_LOCKING = """
+from contextlib import asynccontextmanager
+
+import msr
+
+class Session:
+    locking = None
+
+    def __init__(self, session):
+        self.session = session
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+class Handler:
+    def __init__(self, handler):
+        self.handler = handler
+        self.dialect = handler.dialect
+
+    @asynccontextmanager
+    async def connect(self, config):
+        async with self.handler.connect(config) as session:
+            yield Session(session)
+
+ours = msr.MigrationScriptExecutor.from_url()
+executor = msr.MigrationScriptExecutor(Handler(ours.handler), ours.config)
+"""
 
 
 @pytest.fixture
@@ -34,7 +65,7 @@ def url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def migrated_url(url: str, folder: Path) -> str:
     """The same with one script applied, so that the tables are there and the lock is free."""
     write_scripts(folder, {"V1_first.sql": "CREATE TABLE first (id int);"})
-    assert run_msr("migrate").exit_code == 0
+    anyio.run(msr.migrate)  # through the library, for that is faster
     return url
 
 
@@ -50,3 +81,10 @@ def page_url(migrated_url: str) -> str:
         """,
     )
     return migrated_url
+
+
+@pytest.fixture
+def without_locking(url: str, tmp_path: Path) -> str:
+    """For `--executor`: an application's executor of `url` that has no locking service."""
+    (tmp_path / "application.py").write_text(APPLICATION_WITHOUT_LOCKING)
+    return "application:executor"

@@ -19,14 +19,12 @@ from tests.conformance.support import Connect, Sql
 @pytest.fixture(params=["sqlite", "sqlite in memory", "postgres"])
 def handler(request: pytest.FixtureRequest) -> msr.DatabaseHandler:
     """A handler of an empty database."""
-    if request.param == "sqlite":
-        return msr.SqliteHandler(request.getfixturevalue("sqlite_url"))
     if request.param == "postgres":
         return msr.PostgresHandler(request.getfixturevalue("postgres_url"))
-    memory = msr.SqliteHandler("sqlite://:memory:")
-    assert memory._anchor is not None
-    request.addfinalizer(memory._anchor.close)
-    return memory
+    in_memory = request.param == "sqlite in memory"
+    return msr.SqliteHandler(
+        "sqlite://:memory:" if in_memory else request.getfixturevalue("sqlite_url")
+    )
 
 
 @pytest.fixture
@@ -47,7 +45,7 @@ def sql(handler: msr.DatabaseHandler) -> Sql:
 
     async def sql(statement: str) -> list[dict[str, Any]]:
         async with handler.connect(msr.Config()) as session:
-            connection = session.connection
+            connection = await session.script_connection()
             if handler.dialect == "postgresql":
                 return [dict(row) for row in await connection.fetch(statement)]
             async with connection.execute(statement) as cursor:

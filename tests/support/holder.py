@@ -22,7 +22,7 @@ LOST = 9
 """How a holder ends whose lock was lost, like `msr` itself."""
 
 _HOLDER = f"""
-import json, sys
+import asyncio, json, sys
 import anyio, msr
 
 async def main(url, running, locking):
@@ -30,7 +30,9 @@ async def main(url, running, locking):
     try:
         async with executor.lock(wait=20, running=running) as lease:
             print(json.dumps([lease.token, lease.locked_by]), flush=True)
-            await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+            told = anyio.Event()
+            asyncio.get_running_loop().add_reader(0, told.set)
+            await told.wait()
     except msr.LockLostError:
         sys.exit({LOST})
 
