@@ -3,7 +3,8 @@
 One holder renews one lease; a renewal is sent, executed and answered, and each of the three may
 take any number of ticks. Another client takes the lock when the database finds the lease expired.
 The holder counts by its own monotonic clock, which may miss a tick now and then: at most one in the
-time of a lease, and the margin is there for that. What its wall clock shows plays no part.
+time of a lease, and the margin is there for that. What its wall clock shows plays no part. A lease
+that is `secured` or `unattended` is kept by something else than time, and is not in here.
 
     trust   the holder still trusts a lease that the database has let run out
     S6      the lock was taken before the database let the lease run out
