@@ -3,8 +3,8 @@
 The lock is next door, in `postgres_lock`. Its fence is here, because it is the history insert: the
 last statement of a script's transaction inserts the history row from the lock's row, which it
 reads `FOR KEY SHARE`. That lets the heartbeat's update pass but keeps a change of the token waiting
-until our commit. It works only because `token` is part of a unique index: without `UNIQUE (name,
-token)` such a change would take the weaker row lock, which `KEY SHARE` does not stop.
+until our commit. With `UNIQUE (name, token)` that holds for a plain update by hand too, which would
+otherwise take the weaker row lock that `KEY SHARE` does not stop.
 
 The history is read with `COPY (..) TO STDOUT`, as JSON: one message and one round trip, without a
 prepared statement, hence right before we know whether a pooler stands between.
@@ -269,7 +269,7 @@ class PostgresSession:
 
     @asynccontextmanager
     async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
-        if self.connection.is_in_transaction():
+        if self.in_transaction:
             await self.leave_transaction()
             raise StatementError(
                 "the script left a transaction open, which was rolled back: add its COMMIT"
@@ -304,18 +304,22 @@ class PostgresSession:
                         await transaction.rollback()
             finally:
                 # Cancelled in BEGIN, or again in ROLLBACK: the server has to do it by itself.
-                if not started or self.connection.is_in_transaction():
+                if not started or self.in_transaction:
                     self.connection.terminate()
             raise
 
+    @property
+    def in_transaction(self) -> bool:
+        return not self.connection.is_closed() and bool(self.connection.is_in_transaction())
+
     async def leave_transaction(self) -> None:
         """Roll back what a script began outside our transactions and did not end."""
-        if self.connection.is_in_transaction():
+        if self.in_transaction:
             with self.explained():
                 await self.connection.execute("ROLLBACK")
 
     async def script_connection(self) -> asyncpg.Connection:
-        if self.connection.is_in_transaction():
+        if self.in_transaction:
             with self.explained():
                 query = "SELECT txid_current()"
                 self._script_transaction_id = await self.connection.fetchval(query)
@@ -346,7 +350,7 @@ class PostgresSession:
         import asyncpg
 
         values = [row.version, row.name, row.checksum, row.status, row.duration, row.executed_by]
-        if not self.connection.is_in_transaction():
+        if not self.in_transaction and not self.connection.is_closed():
             raise StatementError(ENDED_TRANSACTION, committed=True)
         query = UNFENCED_RECORD
         if lease is not None:

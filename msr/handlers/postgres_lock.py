@@ -131,9 +131,12 @@ locked_by = NULL, locked_at = NULL, renewed_at = NULL, expires_at = NULL, proces
 hostname = NULL, session = NULL, running = NULL
 """
 
-RELEASE = "UPDATE {lock} SET FREE WHERE name = $1 AND token = $2 AND locked_by = $3".replace(
-    "FREE", FREE
-)
+# FOR UPDATE waits for a commit of ours that is still on its way over a connection that has gone
+# silent: a lock that is free is one under which nothing more commits.
+RELEASE = """
+UPDATE {lock} SET FREE WHERE name IN (
+    SELECT name FROM {lock} WHERE name = $1 AND token = $2 AND locked_by = $3 FOR UPDATE)
+""".replace("FREE", FREE)
 
 FORCE_RELEASE = """
 WITH freed AS (
@@ -190,6 +193,8 @@ class PostgresLocking:
         if got and token is None and await session.fetch(CREATE_ROW, self._name):
             [(_, token)] = await session.fetch(ACQUIRE, *values)
             await self._unlock(key)  # it was taken twice, and session locks count
+        if got and self._has_key:
+            await self._unlock(key)  # we had it already, from a lease that we have lost since
         self._has_key = got and pid is not None
         if token is not None:
             return Lease(self._name, token, owner.locked_by, timeout, running)
@@ -286,10 +291,15 @@ class PostgresLocking:
         if self._session.pooled:
             await self._session.create(CREATE_LOCK)
             return
+        deadline = time.monotonic() + GRACE
         while not (await self._session.fetch("SELECT pg_try_advisory_lock($1)", key))[0][0]:
             await anyio.sleep(0.02)
-            if await self._session.fetch("SELECT to_regclass($1)", self._session.names["lock"]):
+            names = (self._session.names["lock"], self._session.names["token"])
+            made = "SELECT to_regclass($1) IS NOT NULL AND to_regclass($2) IS NOT NULL"
+            if (await self._session.fetch(made, *names))[0][0]:
                 return
+            if time.monotonic() > deadline:  # whoever has the key stands still
+                return await self._session.create(CREATE_LOCK)
         await self._session.create(CREATE_LOCK)
         await self._unlock(key)
 

@@ -64,8 +64,8 @@ BUSY_PIECE = 0.2
 
 NOT_AUTHORIZED = "not authorized"
 ENDED_TRANSACTION = (
-    "the script would end the transaction that msr runs it in: remove its BEGIN, COMMIT or ROLLBACK "
-    "(executescript() and commit() are one), or let it opt out of the transaction"
+    "the script would end the transaction that msr runs it in: remove its BEGIN, COMMIT or "
+    "ROLLBACK (executescript() and commit() are one), or let it opt out of the transaction"
 )
 
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as :name.

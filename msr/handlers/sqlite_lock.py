@@ -326,6 +326,7 @@ class SqliteLocking:
 
     def _prove_life(self, token: int) -> str | None:
         """Lock a file of our own beside the database; its name, or None where that is not to be."""
+        self.forget(unlink=True)  # of a lease that we have lost since
         database = self._session.path
         if database is None or fcntl is None:
             return None
