@@ -113,9 +113,10 @@ class MigrationError(MsrError):
 
     `script` is the path below the folder, `line` and `column` (from 1, or None where the database
     does not tell) point into that file, `server_message` is the database's own sentence,
-    `sqlstate` its code, `hint` its advice. `rolled_back` is False for a script that ran outside a
-    transaction, and None where the connection broke in the commit and its fate is unknown.
-    `applied` names the scripts that this run had applied before.
+    `sqlstate` its code, `hint` its advice. `rolled_back` is False where part of the script may
+    have been committed (outside a transaction, or by itself), and None where the connection broke
+    in the commit and its fate is unknown. `applied` names the scripts that this run had applied
+    before.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class MigrationError(MsrError):
         advice = f" ({self.hint.strip().rstrip('.')})" if self.hint else ""
         undone = {
             True: "the script was rolled back",
-            False: "the script ran outside a transaction and may be half done",
+            False: "what the script had committed stays, so check it by hand",
             None: "whether it was committed is not known, so look with msr list",
         }[self.rolled_back]
         before = f"applied before it: {', '.join(self.applied) or 'nothing'}"

@@ -261,7 +261,8 @@ class Run:
             duration = time.monotonic() - started
             self.executed.append(AppliedScript(script.version, script.name, script.label, duration))
             self.tell(ScriptApplied(script.label, number, total, duration))
-        if isinstance(failure, Exception) and not isinstance(failure, MsrError):
+        # A script's own sys.exit() is a failure of the script, and must not end us with success.
+        if isinstance(failure, Exception | SystemExit) and not isinstance(failure, MsrError):
             if not committed:
                 raise self._failure(script, failure, committed) from failure
         elif failure is not None:
@@ -292,7 +293,9 @@ class Run:
         else:
             await up(await session.script_connection())
 
-    def _failure(self, script: Script, error: Exception, committed: bool | None) -> MigrationError:
+    def _failure(
+        self, script: Script, error: BaseException, committed: bool | None
+    ) -> MigrationError:
         transaction = self.prepared[script.version].transaction
         if isinstance(error, StatementError):
             line = error.line or _line_in(script.path, error.__cause__)

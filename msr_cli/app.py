@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import anyio
@@ -125,7 +126,10 @@ def migrate(
         progress = render.Progress(out, _to_stderr)
         runner = executor_from(Source(url, folder, config, executor), progress)
         result = _await(
-            lambda: runner.migrate(wait=0 if no_wait else wait, use_lock=False if no_lock else None)
+            lambda: runner.migrate(
+                wait=0 if no_wait else wait, use_lock=False if no_lock else None
+            ),
+            quiet=json,
         )
         typer.echo(render.as_json(result) if json else render.migration_result(result))
 
@@ -274,7 +278,9 @@ def run() -> NoReturn:
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own: usage errors
             raise
-        if text := error.format_message():
+        if type(error).__name__ == "NoArgsIsHelpError":  # `msr` alone: the help, as it is
+            _to_stderr(error.format_message())
+        elif text := error.format_message():
             context = getattr(error, "ctx", None)
             place = context.command_path if context is not None else "msr"
             _to_stderr(f"✗ Error: {' '.join(text.split())} (see {place} --help)")
@@ -303,8 +309,11 @@ def _guarded(work: Callable[[], None], json: bool, debug: bool, unreachable: int
     raise typer.Exit(code)
 
 
-def _await(work: Callable[[], Awaitable[T]]) -> T:
-    """Run the work in an event loop; the first signal cancels it, the second ends the process."""
+def _await(work: Callable[[], Awaitable[T]], *, quiet: bool = False) -> T:
+    """Run the work in an event loop; the first signal cancels it, the second ends the process.
+
+    `quiet` keeps what a script prints out of the JSON on stdout: it goes to stderr.
+    """
     received: list[int] = []
 
     async def interruptible() -> T:
@@ -328,7 +337,8 @@ def _await(work: Callable[[], Awaitable[T]]) -> T:
                     signal.signal(signum, handler)
         raise Interrupted(received[0])
 
-    return anyio.run(interruptible)
+    with redirect_stdout(sys.stderr) if quiet else nullcontext():
+        return anyio.run(interruptible)
 
 
 def _confirmed() -> bool:

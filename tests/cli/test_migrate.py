@@ -522,3 +522,32 @@ def test_server_ends_the_session(url: str, folder: Path) -> None:
     assert stderr.count("\n") == 1
     assert tables(url) == set()
     assert is_free(url)
+
+
+def test_a_script_that_exits_has_failed(url: str) -> None:
+    """`sys.exit(0)` in a script is no success: a deployment must not go on unmigrated."""
+    folder = write_scripts(Path("migrations"), {"V1_exit.py": EXITING})
+    result = run_msr("migrate", "--json", "--folder", str(folder))
+
+    assert result.exit_code == 3
+    assert "V1_exit.py, line 6: SystemExit: 0" in result.stderr
+    assert json.loads(result.stdout)["error"]["type"] == "MigrationError"
+    assert "from the script" in result.stderr  # and what it prints stays out of the JSON
+
+
+EXITING = """
+import sys
+
+async def up(db):
+    print("from the script")
+    sys.exit(0)
+"""
+
+
+def test_alone_it_shows_the_help() -> None:
+    """`msr` without a command shows its commands, a line each."""
+    result = run_msr()
+
+    assert result.exit_code == 2
+    assert "\n  migrate " in result.stderr
+    assert "✗" not in result.stderr
