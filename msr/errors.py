@@ -1,4 +1,4 @@
-"""Everything `msr` raises on purpose.
+"""Everything `msr` raises on purpose; only `StatementError` is between a handler and the runner.
 
     MsrError
     ├── ConfigError              a setting, URL or option cannot be used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -83,7 +84,8 @@ class MigrationScriptExecutor:
         lock at all: for emergencies.
 
         Raises `ValidationError` before anything runs, `MigrationError` when a script fails,
-        `LockHeldError`, `LockLostError`, `DatabaseError`. Every error that a run raises carries
+        `LockHeldError`, `LockLostError`, `DatabaseError`, `MissingDriverError`, and `ConfigError`
+        for a folder or a connection that cannot be used. Every error that a run raises carries
         what was done until then in `.result`.
         """
         if use_lock is None:
@@ -96,7 +98,7 @@ class MigrationScriptExecutor:
 
         `applied=True` when all that it does has been done: it is recorded as applied. Otherwise it
         is forgotten, so that the next run tries it again; an invalid index that it left is dropped.
-        Returns the row as it was found.
+        Returns the row as it was found. `wait` is in seconds.
 
         Raises `ConfigError` if the version is not unfinished; else what `migrate` raises.
         """
@@ -104,7 +106,10 @@ class MigrationScriptExecutor:
         return await run.repair(version, applied=applied)
 
     async def list(self) -> list[ScriptStatus]:
-        """Every script and every history row by version, with its status. Writes nothing."""
+        """Every script and every history row by version, with its status. Writes nothing.
+
+        Raises `ValidationError`, `ConfigError` (no such folder), `DatabaseError`.
+        """
         scripts, problems = await load(self.config)
         if problems:
             raise ValidationError(problems)
@@ -130,7 +135,8 @@ class MigrationScriptExecutor:
 
         With `token` (of the status you decided on) nothing is released when the lock has changed
         hands since: `LockChangedError`. After the return the former holder commits nothing more.
-        `reason` is kept on the row. `terminate` also ends the holder's database session.
+        `reason` is kept on the row. `terminate` also ends the holder's database session; on SQLite,
+        which has none, it is a `ConfigError`.
 
         Raises `LockBlockedError` when the holder's open transaction is in the way, `LockError`
         where the handler has no locking service, `DatabaseError`.
@@ -144,7 +150,7 @@ class MigrationScriptExecutor:
                 return None
             if token is None:
                 token = status.token
-            by = f"{getpass.getuser()}@{Owner.new().hostname}"
+            by = f"{_user()}@{Owner.new().hostname}"
             if not await locking.force_release(token, by=by, reason=reason, terminate=terminate):
                 raise LockChangedError
             return status
@@ -186,6 +192,13 @@ class MigrationScriptExecutor:
                 listener(event)
             except Exception:
                 logger.exception("a listener failed on %s", type(event).__name__)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container with a user id and no name for it
+        return f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 async def migrate(

@@ -308,9 +308,12 @@ async def _acquire(
                         return None
             outcome = await _attempt(service, owner, timeout, running)
         except DatabaseBusyError:
-            if sent - started >= wait:
-                raise
-            outcome = status or LockStatus(name="")
+            if status is None:  # not even a look at who holds it
+                if time.monotonic() - started >= wait:
+                    raise
+                await anyio.sleep(pause)
+                continue
+            outcome = status
         if isinstance(outcome, Lease):
             outcome.trust(sent)
             return outcome

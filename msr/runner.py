@@ -41,7 +41,7 @@ RESOLVE_BOUND = 10.0
 
 
 class Run:
-    """One call of `migrate`, with what it has done so far.
+    """One call of `migrate` or `repair`, with what it has done so far.
 
     `tell` gets every event, `wait` is in seconds.
     """
@@ -68,6 +68,7 @@ class Run:
         self.pending_before = 0
         self.applied_before = 0
         self.waited = 0.0
+        self.unlocked = Owner.new()  # who runs where there is no lock
         self.finished = False
         self.token: int | None = None
 
@@ -183,6 +184,7 @@ class Run:
             except DatabaseBusyError:
                 if time.monotonic() - self.started > self.wait:
                     raise
+                await anyio.sleep(0.05)
 
     async def _plan(self, session: Session) -> Plan:
         return make_plan(self.scripts, await session.read_history())
@@ -216,9 +218,11 @@ class Run:
 
     async def _explained(self, session: Session, problem: Problem) -> Problem:
         """An unfinished script's problem, with what it left behind in the database."""
+        if problem.rule != UNFINISHED:
+            return problem
         texts = [script.text for script in self.scripts if script.label == problem.file]
         leftovers = await session.find_leftovers("".join(texts))
-        if problem.rule != UNFINISHED or not leftovers:
+        if not leftovers:
             return problem
         left = f"{problem.message}; it left {', '.join(leftovers)} behind, which --retry drops"
         return replace(problem, message=left)
@@ -242,7 +246,7 @@ class Run:
                 checksum=script.checksum,
                 status=status,
                 duration=time.monotonic() - started if recording else None,
-                executed_by=lease.locked_by if lease is not None else Owner.new().locked_by,
+                executed_by=lease.locked_by if lease is not None else self.unlocked.locked_by,
             )
             await session.record(row, lease)
 

@@ -65,7 +65,7 @@ class Interrupted(msr.MsrError):
     def __init__(self, signum: int) -> None:
         self.signum = signum
         super().__init__(
-            f"interrupted by {signal.Signals(signum).name}: what was running was rolled back"
+            f"interrupted by {signal.Signals(signum).name}: what ran in a transaction is undone"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -87,11 +88,17 @@ def _details(status: msr.LockStatus) -> list[str]:
         }
         lines.append(f"Holder: {proof[status.holder]}")
     if status.running:
-        lines.append(f"Running: {status.running}")
+        lines.append(f"Running: {_quiet(status.running)}")
     if release := status.forced_release:
         why = f": {release.reason}" if release.reason else ""
-        lines.append(f"Last forced release: {_time(release.at)} by {release.by}{why}")
+        told = _quiet(f"{release.by}{why}")
+        lines.append(f"Last forced release: {_time(release.at)} by {told}")
     return ["", *lines] if lines else []
+
+
+def _quiet(text: str) -> str:
+    """Somebody's own words, unable to be taken for one of our lines by a script that greps."""
+    return re.sub("LOCKED|Locked at:", lambda found: found[0].swapcase(), " ".join(text.split()))
 
 
 def release_warning(status: msr.LockStatus) -> str:

@@ -16,7 +16,13 @@ import json
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,7 +117,7 @@ INVALID_INDEXES = """
 SELECT i.relname AS index, format('%I.%I', n.nspname, i.relname) AS qualified
 FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
 JOIN pg_namespace AS n ON n.oid = i.relnamespace
-WHERE NOT x.indisvalid ORDER BY 2
+WHERE NOT x.indisvalid AND pg_table_is_visible(i.oid) ORDER BY 2
 """
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
@@ -168,7 +174,13 @@ class PostgresHandler:
 
         try:
             yield
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except (
+            TimeoutError,
+            OSError,
+            UnicodeError,  # a host name that is none
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+        ) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if isinstance(error, TimeoutError):
                 reason = f"no answer within {timeout:g} s"
@@ -279,14 +291,17 @@ class PostgresSession:
                 await self.connection.execute(self._reset)
         self._used = True
         self._transaction_id = self._script_transaction_id = None
-        async with self._atomic():
+        async with self._atomic(statement_errors):
             yield
             self._committing = True
         self._committing = False
 
     @asynccontextmanager
-    async def _atomic(self) -> AsyncIterator[None]:
+    async def _atomic(
+        self, errors_of_commit: Callable[[], AbstractContextManager[None]] | None = None
+    ) -> AsyncIterator[None]:
         """A transaction that is over when this is, however it ends, within bounded time."""
+        errors_of_commit = errors_of_commit or self.explained
         transaction = self.connection.transaction()
         started = False
         try:
@@ -294,7 +309,7 @@ class PostgresSession:
                 await transaction.start()
             started = True
             yield
-            with statement_errors():
+            with errors_of_commit():
                 await transaction.commit()
         except BaseException:
             try:
@@ -475,7 +490,7 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
 
 
 def _mentions(text: str, name: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _quoted(name: str) -> str:

@@ -14,8 +14,9 @@ knows that holder to be dead, and takes over at once.
     key taken, row free                          a release in progress, or a doomed holder: after
                                                  two seconds of grace end its session
 
-No statement waits for another session: the session lock is only ever tried for, and the row is
-taken with `SKIP LOCKED`. A refused attempt costs no transaction id and writes nothing.
+No attempt waits for another session: the session lock is only ever tried for, and the row is
+taken with `SKIP LOCKED`. A refused attempt costs no transaction id and writes nothing. A release
+may wait, within its bound, for a commit of its own that is still on its way.
 
 Behind a pooler (the server's pid is not the one that the connection was greeted with) a session
 lock proves nothing: then there is the lease and the fence only, every statement travels in a
@@ -89,7 +90,9 @@ WHERE locktype = 'advisory' AND granted AND objsubid = 1
 """
 
 READ_STATUS = """
-SELECT l.*, clock_timestamp() AS checked_at,
+SELECT l.name, l.token, l.locked_by, l.locked_at, l.renewed_at, l.expires_at, l.process_id,
+       l.hostname, l.session, l.running, l.released_at, l.released_by, l.release_reason,
+       l.released_token, clock_timestamp() AS checked_at,
        coalesce(l.expires_at <= clock_timestamp(), false) AS is_expired,
        (KEY_HOLDER LIMIT 1) AS key_holder
 FROM (SELECT) AS always LEFT JOIN {lock} AS l ON l.name = $1
@@ -249,6 +252,7 @@ class PostgresLocking:
                     f"holder {row['locked_by']} (database session {row['session'] or 'unknown'}, "
                     f"running {row['running'] or 'nothing it told'}); nothing was released: end "
                     "that session with --terminate, which rolls its script back"
+                    + (f"; {self._obstacle}" if self._obstacle else "")
                 )
             await anyio.sleep(0.05)
 
@@ -332,7 +336,7 @@ class PostgresLocking:
             await self._free(row["token"], owner.locked_by, "the lease expired", True)
             await self._end_session(pid)
         elif pid is None or row["session"] == pid:
-            self._suspect = None
+            self._suspect = self._obstacle = None
         elif self._suspect is None or self._suspect[0] != pid:
             self._suspect = (pid, now)
         elif now - self._suspect[1] > GRACE:

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import anyio
@@ -163,6 +163,7 @@ class SqliteSession:
         self._stopped = False
         self._committed = False
         self._has_history = False
+        self._has_read = False
         self.locking = SqliteLocking(self)
 
     def sql(self, template: str) -> str:
@@ -205,7 +206,7 @@ class SqliteSession:
     async def read_history(self) -> Sequence[HistoryRow]:
         if not await self.open(create=False):
             return []
-        rows = await self.hop(read_rows, self.sql(READ_HISTORY), {})
+        rows = await self.hop(self._read_history)
         self._has_history = bool(rows)
         return [history_row(row) for row in rows]
 
@@ -265,6 +266,12 @@ class SqliteSession:
 
     async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
         await self.hop(self._repair, version, applied, lease)
+
+    def _read_history(self, db: sqlite3.Connection) -> Sequence[Sequence[Any]]:
+        if self._has_read:  # others have set it since; the connection began with it
+            db.execute(f"PRAGMA busy_timeout = {int(READ_BUSY * 1000)}")
+        self._has_read = True
+        return read_rows(db, self.sql(READ_HISTORY), {})
 
     def _begin(self, db: sqlite3.Connection, lease: Lease | None) -> None:
         if db.in_transaction:

@@ -164,7 +164,7 @@ class SqliteLocking:
     ) -> bool:
         if terminate:
             raise ConfigError(
-                "SQLite has no sessions to end: end the holder's process instead", key="--terminate"
+                "SQLite has no sessions to end: end the holder's process instead", key="terminate"
             )
         if not await self._session.open(create=False):
             return False

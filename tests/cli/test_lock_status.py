@@ -294,3 +294,13 @@ class TestAnotherRole:
         assert result.stderr.startswith("✗ Error: permission denied for table migration_locks")
         assert "SELECT" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_words_of_a_holder_are_not_taken_for_ours(url: str) -> None:
+    """The page's greps still work when somebody's own text looks like a line of ours."""
+    with hold_lock(url, running="V9_mark_UNLOCKED_rows.sql\nLocked at: never"):
+        status = run_msr("lock:status")
+
+        assert "UNLOCKED" not in status.stdout
+        assert status.stdout.count("Locked at:") == 1
+        assert "V9_mark_unlocked_rows.sql" in status.stdout

@@ -405,7 +405,7 @@ def is_inside_a_script(url: str) -> bool:
 
 
 def interrupted(name: str) -> str:
-    return f"✗ Error: interrupted by {name}: what was running was rolled back\n"
+    return f"✗ Error: interrupted by {name}: what ran in a transaction is undone\n"
 
 
 class TestSignals:

@@ -910,3 +910,22 @@ async def test_a_follower_sees_the_failure_of_the_first(
     )
     assert [type(result) for result in results] == [msr.MigrationError] * 3
     assert await fetch(database_url, "SELECT count(*) FROM users") == [(3,)]
+
+
+async def test_a_forced_release_by_a_user_without_a_name(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container the user id may have no name: the lock is released all the same."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    executor = msr.MigrationScriptExecutor.from_url(database_url)
+    with pytest.raises(msr.LockLostError):
+        async with executor.lock():
+            assert await executor.force_release_lock() is not None
+    status = await executor.get_lock_status()
+    assert status is not None
+    assert status.forced_release is not None
+    assert status.forced_release.by.startswith("uid-")
