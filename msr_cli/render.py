@@ -98,7 +98,9 @@ def _details(status: msr.LockStatus) -> list[str]:
 
 def _quiet(text: str) -> str:
     """Somebody's own words, unable to be taken for one of our lines by a script that greps."""
-    return re.sub("LOCKED|Locked at:", lambda found: found[0].swapcase(), " ".join(text.split()))
+    return re.sub(
+        "UNLOCKED|LOCKED|Locked at:", lambda found: found[0].lower(), " ".join(text.split())
+    )
 
 
 def release_warning(status: msr.LockStatus) -> str:
