@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from msr.errors import (
 from msr.events import (
     Event,
     Listener,
-    WaitingForLock,
 )
 from msr.handlers.base import DatabaseHandler
-from msr.locking import Lease, LockStatus, Owner, hold
+from msr.locking import Lease, LockStatus, Owner
 from msr.plan import HistoryRow, ScriptStatus, describe
 from msr.results import MigrationResult
-from msr.runner import Run, load, locking_connection, required
+from msr.runner import Run, load, required
 from msr.urls import parse_url
 
 __all__ = ["MigrationScriptExecutor", "migrate"]
@@ -167,24 +165,15 @@ class MigrationScriptExecutor:
         Raises `LockHeldError` when `wait` seconds are over, `LockLostError` on leaving if the lock
         was lost meanwhile, `LockError` where the handler has no locking service.
         """
+        run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=True)
         async with self.handler.connect(self.config) as session:
-            locking = required(session.locking)
-            async with hold(
-                locking,
-                partial(locking_connection, self.handler, self.config),
-                timeout=self.config.locking.timeout,
-                wait=self._wait(wait),
-                running=running,
-                on_wait=self._on_wait,
-            ) as lease:
+            required(session.locking)
+            async with run.locked(session, running) as lease:
                 assert lease is not None, "only a run with done= may end without the lock"
                 yield lease
 
     def _wait(self, wait: float | None) -> float:
         return self.config.locking.wait if wait is None else LockingConfig(wait=wait).wait
-
-    def _on_wait(self, status: LockStatus, waited: float) -> None:
-        self._tell(WaitingForLock(status, waited))
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:

@@ -41,7 +41,7 @@ RESOLVE_BOUND = 10.0
 
 
 class Run:
-    """One call of `migrate` or `repair`, with what it has done so far.
+    """One use of the lock: `migrate`, `repair` or `lock`, with what it has done so far.
 
     `tell` gets every event, `wait` is in seconds.
     """
@@ -89,7 +89,7 @@ class Run:
         self.scripts, _ = await load(self.config)
         async with (
             self.handler.connect(self.config) as session,
-            self._locked(session, f"repair of version {version}") as lease,
+            self.locked(session, f"repair of version {version}") as lease,
         ):
             rows = {row.version: row for row in await session.read_history()}
             row = rows.get(version)
@@ -136,7 +136,7 @@ class Run:
                 raise ValidationError(problems)
             return _is_done(plan)
 
-        async with self._locked(session, _step(plan.pending, 0), done) as lease:
+        async with self.locked(session, _step(plan.pending, 0), done) as lease:
             if lease is not None or not self._locks(session):
                 await self._apply_pending(session, lease)
 
@@ -144,7 +144,7 @@ class Run:
         return self.use_lock and session.locking is not None
 
     @asynccontextmanager
-    async def _locked(
+    async def locked(
         self,
         session: Session,
         running: str | None,
