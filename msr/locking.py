@@ -333,7 +333,6 @@ async def _attempt(
     service: LockingService, owner: Owner, timeout: float, running: str | None
 ) -> Lease | LockStatus:
     """One attempt, to its end: a lock that the database has granted must not be forgotten."""
-
     outcome: Lease | LockStatus | None = None
 
     async def attempt() -> None:

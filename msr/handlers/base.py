@@ -13,7 +13,14 @@ from msr.errors import DatabaseError
 from msr.locking import Lease, LockingService
 from msr.plan import HistoryRow
 
-__all__ = ["DatabaseHandler", "Session", "StatementError", "foreign_table", "history_row"]
+__all__ = [
+    "DatabaseHandler",
+    "Session",
+    "StatementError",
+    "foreign_table",
+    "history_row",
+    "quoted_names",
+]
 
 
 class StatementError(Exception):
@@ -130,3 +137,10 @@ def foreign_table(config: Config, sentence: str) -> DatabaseError:
         f"a table named {config.locking.table_name} or {config.table_name} exists but was not made "
         f"by msr ({sentence}): set locking.table_name and table_name to names of your own"
     )
+
+
+def quoted_names(config: Config) -> dict[str, str]:
+    """The tables of the configuration, quoted for the statements, under the names used there."""
+    lock = config.locking.table_name
+    names = {"lock": lock, "history": config.table_name, "token": f"{lock}_token"}
+    return {key: ".".join(f'"{part}"' for part in name.split(".")) for key, name in names.items()}

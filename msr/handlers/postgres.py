@@ -37,7 +37,7 @@ from msr.errors import (
     MissingDriverError,
     MsrError,
 )
-from msr.handlers.base import StatementError, foreign_table, history_row
+from msr.handlers.base import StatementError, foreign_table, history_row, quoted_names
 from msr.handlers.postgres_lock import PostgresLocking
 from msr.locking import Lease
 from msr.plan import HistoryRow
@@ -212,12 +212,7 @@ class PostgresSession:
     ) -> None:
         self.connection = connection
         self.config = config
-        lock = config.locking.table_name
-        self.names = {
-            "lock": _quoted(lock),
-            "history": _quoted(config.table_name),
-            "token": _quoted(f"{lock}_token"),
-        }
+        self.names = quoted_names(config)
         self.pooled = True  # until the server's pid shows that nothing stands between
         self.locking = PostgresLocking(self)
         self._used = False  # by a script, which may have changed the session's settings
@@ -491,10 +486,6 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
 
 def _mentions(text: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _quoted(name: str) -> str:
-    return ".".join(f'"{part}"' for part in name.split("."))
 
 
 def _sentence(error: BaseException) -> str:

@@ -37,7 +37,7 @@ from msr.errors import (
     MissingDriverError,
     MsrError,
 )
-from msr.handlers.base import StatementError, foreign_table, history_row
+from msr.handlers.base import StatementError, foreign_table, history_row, quoted_names
 from msr.handlers.sqlite_lock import (
     RENEW,
     SqliteLocking,
@@ -153,12 +153,7 @@ class SqliteSession:
         self.uri = uri
         self.path = path
         self.config = config
-        lock = config.locking.table_name
-        self.names = {
-            "lock": _quoted(lock),
-            "history": _quoted(config.table_name),
-            "token": _quoted(f"{lock}_token"),
-        }
+        self.names = quoted_names(config)
         self._connection: aiosqlite.Connection | None = None
         self._stopped = False
         self._committed = False
@@ -402,7 +397,3 @@ class SqliteSession:
 
 def _forbid_transaction_control(action: int, *_: object) -> int:
     return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_OK
-
-
-def _quoted(name: str) -> str:
-    return ".".join(f'"{part}"' for part in name.split("."))
