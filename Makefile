@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest check format clean
+.PHONY: help demo test lint types pytest check chaos format clean
 
 help:
 	@echo "make demo     migrate an example database, and look at the lock while it happens"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint     ruff, rules and format"
 	@echo "make types    mypy, strict"
 	@echo "make pytest   the tests alone (ARGS=...)"
+	@echo "make chaos    the chaos tests in their long form, with a table of figures (20 minutes)"
 	@echo "make format   let ruff put right what it can"
 	@echo "make clean    remove the virtual environment and what the tools left"
 
@@ -36,6 +37,9 @@ types: $(VENV)/.installed-dev
 
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.installed-dev
+	MSR_TEST_CHAOS=long $(BIN)/python -m pytest tests/chaos $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import anyio
+
+from tests.support.rig import Rig
 
 __all__ = [
     "MSR",
@@ -69,20 +71,26 @@ def run_msr(
 
 
 def start_msr(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    rig: Rig | None = None,
+    prefix: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """Start `msr` in a process group of its own, with pipes for its three streams.
 
-    What still runs when the test is over is ended then, see `end_started`.
+    `rig` builds a fault into it; `prefix` is a command that runs it, for example `faketime`. What
+    still runs when the test is over is ended then, see `end_started`.
     """
+    words = [*map(str, arguments)]
     process = subprocess.Popen(
-        [str(MSR), *map(str, arguments)],
+        [*prefix, *(rig.command(*words) if rig else [str(MSR), *words])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **(rig.environment if rig else {}), **(env or {})},
         cwd=cwd,
         start_new_session=True,
     )
