@@ -76,7 +76,7 @@ def test_without_force(nowhere: str) -> None:
     """Without --force the page's error at once: no host is asked, not even a URL is needed."""
     url = ["--url", nowhere] if nowhere else []
 
-    result = run_msr("lock:release", *url, "--yes", timeout=5)  # connecting takes 10 s there
+    result = run_msr("lock:release", *url, "--yes", timeout=9)  # connecting takes 10 s there
 
     assert result == Result(1, "", NO_FORCE)
 
@@ -248,7 +248,7 @@ def test_lock_changes_hands_while_the_question_stands(url: str) -> None:
         read_until_asked(command)
         assert first.release() == 0
         with hold_lock(url) as second:
-            _, stderr = command.communicate("y\n", timeout=20)
+            _, stderr = command.communicate("y\n", timeout=40)
 
             assert (command.returncode, stderr) == (1, CHANGED)
             assert lock_row(url) == second.locked_by
@@ -262,7 +262,7 @@ def test_lock_is_released_while_the_question_stands(url: str) -> None:
         read_until_asked(command)
         assert holder.release() == 0
 
-        stdout, stderr = command.communicate("y\n", timeout=20)
+        stdout, stderr = command.communicate("y\n", timeout=40)
 
     assert (command.returncode, stdout, stderr) == (0, f"\n{NOTHING}", "")
 
@@ -278,7 +278,7 @@ def at_a_terminal() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     )
     os.close(theirs)
     try:
-        yield fdspawn(ours, encoding="utf-8", timeout=20), process
+        yield fdspawn(ours, encoding="utf-8", timeout=40), process
     finally:
         process.kill()
         process.wait()

@@ -269,7 +269,7 @@ class TestHeldLock:
             )
 
             assert holder.release() == 0
-            stdout, stderr = migration.communicate(timeout=20)
+            stdout, stderr = migration.communicate(timeout=40)
         assert (migration.returncode, stderr) == (0, "")
         assert stdout.startswith("Applied V1_first.sql ")
 
@@ -286,10 +286,10 @@ class TestHeldLock:
 
         gate.open()
         assert leader.wait(20) == 0
-        stdout, stderr = follower.communicate(timeout=20)
+        stdout, stderr = follower.communicate(timeout=40)
         assert (follower.returncode, stderr) == (0, "")
         assert stdout == "✓ Nothing left to do: another process applied 1 script\n"
-        document = json.loads(listening.communicate(timeout=20)[0])
+        document = json.loads(listening.communicate(timeout=40)[0])
         assert (document["followed"], document["executed"]) == (True, [])
         assert document["token"] is None
         assert query(url, "SELECT token FROM migration_locks") == [(1,)]
@@ -325,7 +325,7 @@ class TestNoLock:
         with hold_lock(url) as holder:
             before = query(url, "SELECT * FROM migration_locks")
 
-            result = run_msr("migrate", "--no-lock", timeout=10)
+            result = run_msr("migrate", "--no-lock", timeout=40)
 
             assert result.exit_code == 0
             assert tables(url) == {"first"}
@@ -425,7 +425,7 @@ class TestSignals:
 
         migration.send_signal(signal.Signals[name])
 
-        stdout, stderr = migration.communicate(timeout=10)
+        stdout, stderr = migration.communicate(timeout=40)
         assert (migration.returncode, stderr) == (code, interrupted(name))
         assert re.fullmatch(rf"Applied V1_first\.sql {TOOK}\n", stdout)
         assert tables(url) == {"first"}
@@ -440,7 +440,7 @@ class TestSignals:
 
         migration.terminate()
 
-        stdout, stderr = migration.communicate(timeout=10)
+        stdout, stderr = migration.communicate(timeout=40)
         assert (migration.returncode, stderr) == (143, interrupted("SIGTERM"))
         assert re.fullmatch(rf"Applied V1_first\.sql {TOOK}\n", stdout)
         assert versions(url) == [1]
@@ -455,7 +455,7 @@ class TestSignals:
 
         migration.terminate()
 
-        _, stderr = migration.communicate(timeout=10)
+        _, stderr = migration.communicate(timeout=40)
         assert (migration.returncode, stderr) == (143, interrupted("SIGTERM"))
         assert versions(url) == [1]
         assert is_free(url)
@@ -473,7 +473,7 @@ class TestSignals:
             migration.send_signal(signal.SIGINT)
 
             assert other.wait(10) == 143
-            document = json.loads(migration.communicate(timeout=10)[0])
+            document = json.loads(migration.communicate(timeout=40)[0])
             assert (migration.returncode, document["error"]["type"]) == (130, "Interrupted")
             assert holder.release() == 0
         assert tables(url) == set()
@@ -514,7 +514,7 @@ def test_server_ends_the_session(url: str, folder: Path) -> None:
     wait_until(lambda: is_inside_a_script(url))
     query(url, "SELECT pg_terminate_backend(session) FROM migration_locks")
 
-    _, stderr = migration.communicate(timeout=20)
+    _, stderr = migration.communicate(timeout=40)
 
     assert migration.returncode in (3, 7)
     assert stderr.startswith("✗ Error: ")

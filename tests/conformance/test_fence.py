@@ -359,7 +359,7 @@ class TestPostgres:
                 started = time.monotonic()
                 with pytest.raises(msr.LockBlockedError, match=f"{lease.locked_by}.*{pid}"):
                     await force(connect, sql, lease)
-                assert time.monotonic() - started < 4
+                assert time.monotonic() - started < 20
                 assert (await locking(operator).get_status()).token == lease.token
                 assert await locking(operator).force_release(
                     lease.token, by="ann", reason=None, terminate=True

@@ -111,7 +111,7 @@ def end_started() -> None:
                     stream.close()
 
 
-def wait_until(predicate: Callable[[], T], timeout: float = 10, interval: float = 0.02) -> T:
+def wait_until(predicate: Callable[[], T], timeout: float = 20, interval: float = 0.02) -> T:
     """The first true value of `predicate`, which is asked again for up to `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := predicate()):
@@ -121,7 +121,7 @@ def wait_until(predicate: Callable[[], T], timeout: float = 10, interval: float 
 
 
 async def wait_until_async(
-    predicate: Callable[[], Awaitable[T]], timeout: float = 10, interval: float = 0.02
+    predicate: Callable[[], Awaitable[T]], timeout: float = 20, interval: float = 0.02
 ) -> T:
     """`wait_until` for an async predicate, without blocking the loop."""
     deadline = time.monotonic() + timeout
