@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# More arguments for pytest, for example: make test ARGS="tests/unit -k lock"
+# What `make pytest` and `make chaos` hand to pytest: make pytest ARGS="tests/unit -k lock"
 ARGS ?=
 
 BIN = $(VENV)/bin
@@ -13,10 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make demo     migrate an example database, and look at the lock while it happens"
-	@echo "make test     lint, types and every test, on SQLite and a real PostgreSQL (ARGS=...)"
+	@echo "make test     lint, types and every test, on SQLite and a real PostgreSQL"
 	@echo "make lint     ruff, rules and format"
 	@echo "make types    mypy, strict"
-	@echo "make pytest   the tests alone (ARGS=...)"
+	@echo "make pytest   some of the tests, one at a time (ARGS=...)"
 	@echo "make chaos    the chaos tests in their long form, with a table of figures (20 minutes)"
 	@echo "make format   let ruff put right what it can"
 	@echo "make clean    remove the virtual environment and what the tools left"
@@ -24,7 +24,11 @@ help:
 demo: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
-test: lint types pytest
+# Most tests wait for processes and servers, so four at once cost a machine little; what measures a
+# time that is promised (mark `alone`) comes after them, one by one.
+test: lint types $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 4 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: test
 

@@ -37,6 +37,7 @@ import logging
 import os
 import random
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -54,7 +55,17 @@ from msr.errors import (
     LockLostError,
 )
 
-__all__ = ["ForcedRelease", "Lease", "LockStatus", "LockingService", "Owner", "hold", "renew"]
+__all__ = [
+    "ForcedRelease",
+    "Lease",
+    "LockStatus",
+    "LockingService",
+    "Owner",
+    "finish",
+    "foreign_task_groups",
+    "hold",
+    "renew",
+]
 
 logger = logging.getLogger("msr")
 
@@ -259,7 +270,8 @@ async def hold(
             tasks.start_soon(_heartbeat, lease, connect, lose)
             tasks.start_soon(_watch, service, lease, lose)
             try:
-                yield lease
+                with foreign_task_groups():
+                    yield lease
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as error:  # kept aside: a task group would wrap it in a group
@@ -267,7 +279,7 @@ async def hold(
             tasks.cancel_scope.cancel()
     finally:
         if ours:
-            released = await _finish(_release(service, connect, lease))
+            released = await finish(_release(service, connect, lease))
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
     if loss is not None:
@@ -341,10 +353,10 @@ async def _attempt(
             outcome = await service.acquire(owner, timeout, running)
 
     try:
-        await _finish(attempt())
+        await finish(attempt())
     except asyncio.CancelledError:
         if isinstance(outcome, Lease):
-            await _finish(_give_back(service, outcome))
+            await finish(_give_back(service, outcome))
         raise
     assert outcome is not None
     return outcome
@@ -355,7 +367,7 @@ async def _give_back(service: LockingService, lease: Lease) -> None:
         await service.release(lease)
 
 
-async def _finish(work: Coroutine[Any, Any, T]) -> T:
+async def finish(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` to its end even when we are cancelled meanwhile; then be cancelled.
 
     A shielded scope keeps anyio's cancellation off, but not `task.cancel()`, which is what
@@ -372,6 +384,31 @@ async def _finish(work: Coroutine[Any, Any, T]) -> T:
     if cancelled:
         raise asyncio.CancelledError from task.exception()
     return task.result()
+
+
+@contextmanager
+def foreign_task_groups() -> Iterator[None]:
+    """Around a user's code: undo what `asyncio.TaskGroup` does to the task before Python 3.13.
+
+    When a child fails it may leave the task's count of cancellations one too high. anyio would take
+    that for somebody's cancellation when our own group ends, and hide the error, or the success.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        _lower_to(before, task)
+        raise
+    else:
+        _lower_to(before, task)
+
+
+def _lower_to(cancellations: int, task: asyncio.Task[Any] | None) -> None:
+    while sys.version_info < (3, 13) and task and task.cancelling() > cancellations:
+        task.uncancel()
 
 
 @contextmanager
@@ -459,8 +496,13 @@ async def _release(service: LockingService, connect: Connect, lease: Lease) -> b
             logger.debug("release over the worker's connection failed: %s", error)
         try:
             async with connect() as other:
-                # What changes nothing now may have been done by the first attempt.
-                return await other.release(lease) or (None if was_alive else False)
+                if await other.release(lease):
+                    return True
+                # What changes nothing now may have been done by the first attempt, unless the row
+                # says who ended our token.
+                ended = (await other.get_status()).forced_release
+                taken = ended is not None and ended.token == lease.token
+                return None if was_alive and not taken else False
         except Exception as error:
             logger.debug("release over a new connection failed: %s", error)
     logger.warning(

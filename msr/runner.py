@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import traceback
@@ -27,7 +28,16 @@ from msr.errors import (
 )
 from msr.events import Event, LockAcquired, ScriptApplied, ScriptStarted, WaitingForLock
 from msr.handlers.base import DatabaseHandler, Session, StatementError
-from msr.locking import Lease, LockingService, LockStatus, Owner, hold, renew
+from msr.locking import (
+    Lease,
+    LockingService,
+    LockStatus,
+    Owner,
+    finish,
+    foreign_task_groups,
+    hold,
+    renew,
+)
 from msr.plan import UNFINISHED, HistoryRow, Plan, make_plan
 from msr.results import AppliedScript, MigrationResult
 from msr.scripts import PreparedScript, Problem, Script, load_scripts, prepare_script
@@ -252,21 +262,34 @@ class Run:
 
         failure: BaseException | None = None
         committed: bool | None = True
+
+        async def look() -> None:
+            nonlocal committed
+            committed = None
+            with anyio.move_on_after(RESOLVE_BOUND):
+                committed = await session.resolve_commit()
+
         try:
             await self._run_script(session, script, lease, record)
         except BaseException as error:
             failure, committed = error, False
             if recording:
                 # An interrupted commit may have taken effect; say which, if it can be found out.
-                committed = None
-                with anyio.move_on_after(RESOLVE_BOUND, shield=True):
-                    committed = await session.resolve_commit()
+                try:
+                    await finish(look())
+                except asyncio.CancelledError as error:
+                    failure = error
+                if committed is None:  # what we raise may be replaced by the loss of the lock
+                    logger.warning(
+                        "%s: the connection broke in its commit; whether it was committed is not "
+                        "known, so look with msr list",
+                        script.label,
+                    )
         if committed:
             duration = time.monotonic() - started
             self.executed.append(AppliedScript(script.version, script.name, script.label, duration))
             self.tell(ScriptApplied(script.label, number, total, duration))
-        # A script's own sys.exit() is a failure of the script, and must not end us with success.
-        if isinstance(failure, Exception | SystemExit) and not isinstance(failure, MsrError):
+        if failure is not None and _is_of_the_script(failure):
             if not committed:
                 raise self._failure(script, failure, committed) from failure
         elif failure is not None:
@@ -295,7 +318,9 @@ class Run:
         if up is None:
             await session.execute_script(script.text)
         else:
-            await up(await session.script_connection())
+            connection = await session.script_connection()
+            with foreign_task_groups():
+                await up(connection)
 
     def _failure(
         self, script: Script, error: BaseException, committed: bool | None
@@ -349,6 +374,18 @@ def _lasting(plan: Plan) -> list[Problem]:
 
 def _is_done(plan: Plan) -> bool:
     return not plan.pending and not plan.problems
+
+
+def _is_of_the_script(error: BaseException) -> bool:
+    """Not ours, and not for us.
+
+    A script's own sys.exit() must not end us with success, nor its awaiting of a task that it has
+    cancelled look as if we had been cancelled.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception | SystemExit) and not isinstance(error, MsrError)
 
 
 def _step(pending: Sequence[Script], index: int) -> str | None:

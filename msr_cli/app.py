@@ -70,7 +70,7 @@ class Interrupted(msr.MsrError):
 
 
 class _Warnings(logging.Handler):
-    """The library's warnings (a run without the lock, a renewal that failed), a line each."""
+    """Warnings (a run without the lock, a renewal that failed, a lost future), a line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _to_stderr(f"⚠️  Warning: {' '.join(record.getMessage().split())}")
@@ -270,7 +270,8 @@ def run() -> NoReturn:
     """The `msr` command: parse, run, exit."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # always a text stream
-    logging.getLogger("msr").addHandler(_Warnings(logging.WARNING))
+    for name in ("msr", "asyncio"):
+        logging.getLogger(name).addHandler(_Warnings(logging.WARNING))
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:

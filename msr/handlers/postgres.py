@@ -112,13 +112,29 @@ UPDATE {history} SET status = 'applied' FROM fence WHERE version = $1 AND status
 """
 FORGET = "DELETE FROM {history} USING fence WHERE version = $1 AND status = 'started'"
 
-# A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write.
+# A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write. $1 are
+# the tables that the script builds indexes on. On those in $2 it leaves the name to the server:
+# there, what is named as the server does it is the script's if it is younger than the script's
+# start. What somebody is building at this moment is nobody's leftover.
 INVALID_INDEXES = """
-SELECT i.relname AS index, format('%I.%I', n.nspname, i.relname) AS qualified
+SELECT i.relname AS index, format('%I.%I', n.nspname, i.relname) AS qualified,
+       x.indrelid IN (SELECT to_regclass(t) FROM unnest($2::text[]) AS t)
+       AND i.relname ~ '_idx[0-9]*$'
+       AND age(i.xmin) < (SELECT max(age(xmin)) FROM {history} WHERE status = 'started') AS nameless
 FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
 JOIN pg_namespace AS n ON n.oid = i.relnamespace
-WHERE NOT x.indisvalid AND pg_table_is_visible(i.oid) ORDER BY 2
+WHERE NOT x.indisvalid
+  AND (pg_table_is_visible(i.oid)
+       OR x.indrelid IN (SELECT to_regclass(t) FROM unnest($1::text[]) AS t))
+  AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE index_relid = i.oid)
+ORDER BY 2
 """
+_NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
+CONCURRENT_BUILD = re.compile(
+    rf"\bINDEX\s+CONCURRENTLY\s+(?P<name>(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}\s+)?"
+    rf"ON\s+(?:ONLY\s+)?(?P<table>{_NAME}(?:\s*\.\s*{_NAME})?)",
+    re.IGNORECASE,
+)
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
 TRANSACTION_STATUS = "SELECT txid_status($1)"
@@ -196,9 +212,11 @@ def _keep_alive(connection: Any) -> None:
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    # Keepalive does not look while something that we sent is unanswered, for example a COMMIT.
+    keepalive = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+    for option, value in (*keepalive, ("TCP_USER_TIMEOUT", 25_000)):
         if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class PostgresSession:
@@ -286,9 +304,13 @@ class PostgresSession:
                 await self.connection.execute(self._reset)
         self._used = True
         self._transaction_id = self._script_transaction_id = None
-        async with self._atomic(statement_errors):
-            yield
-            self._committing = True
+        try:
+            async with self._atomic(statement_errors):
+                yield
+                self._committing = True
+        except StatementError:  # an answer, if the connection still stands: nothing to look up
+            self._committing = self._committing and self.connection.is_closed()
+            raise
         self._committing = False
 
     @asynccontextmanager
@@ -380,8 +402,14 @@ class PostgresSession:
             )
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
-        rows = await self.fetch(INVALID_INDEXES)
-        return [f"{INVALID}{row['qualified']}" for row in rows if _mentions(text, row["index"])]
+        builds = list(CONCURRENT_BUILD.finditer(text))
+        tables = [build["table"] for build in builds]
+        nameless = [build["table"] for build in builds if not build["name"]]
+        return [
+            f"{INVALID}{row['qualified']}"
+            for row in await self.fetch(INVALID_INDEXES, tables, nameless)
+            if row["nameless"] or _mentions(text, row["index"])
+        ]
 
     async def drop_leftover(self, leftover: str) -> None:
         with self.explained():
@@ -471,7 +499,12 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
 
     try:
         yield
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except (
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+        OSError,
+    ) as error:
         line, column = statement.line if statement else None, None
         if statement and (position := getattr(error, "position", None)):
             line, column = line_and_column(text, statement.offset + int(position) - 1)
@@ -490,4 +523,6 @@ def _mentions(text: str, name: str) -> bool:
 
 def _sentence(error: BaseException) -> str:
     text = str(error).partition("\n")[0] or type(error).__name__
+    if text.startswith("cannot switch to state"):  # asyncpg has read the last word, not the end
+        return "the server ended the session"
     return text.rstrip(".")

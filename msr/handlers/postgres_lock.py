@@ -247,11 +247,14 @@ class PostgresLocking:
                     raise DatabaseError(f"the lock was released, but {self._obstacle}")
                 return True
             if time.monotonic() > deadline:
+                way_out = "that session with --terminate"
+                if row["session"] is None:  # behind a pooler: nobody knows which it is
+                    way_out = f"its process {row['process_id']} on {row['hostname']}"
                 raise LockBlockedError(
                     f"the lock's row is held by an open transaction, most likely that of the "
                     f"holder {row['locked_by']} (database session {row['session'] or 'unknown'}, "
                     f"running {row['running'] or 'nothing it told'}); nothing was released: end "
-                    "that session with --terminate, which rolls its script back"
+                    f"{way_out}, which rolls its script back"
                     + (f"; {self._obstacle}" if self._obstacle else "")
                 )
             await anyio.sleep(0.05)

@@ -45,7 +45,7 @@ from msr.handlers.sqlite_lock import (
     lease_values,
     read_rows,
 )
-from msr.locking import Lease
+from msr.locking import Lease, finish
 from msr.plan import HistoryRow
 from msr.sql import Statement, split_sqlite
 from msr.urls import parse_url
@@ -142,8 +142,7 @@ class SqliteHandler:
             await session.open(create=False)
             yield session
         finally:
-            with anyio.CancelScope(shield=True):  # an unclosed one keeps the interpreter running
-                await session.close()
+            await session.close()
 
 
 class SqliteSession:
@@ -183,20 +182,27 @@ class SqliteSession:
         import aiosqlite
 
         mode = "" if self.path is None else "?mode=rwc" if create else "?mode=rw"
-        with self.explained():
+
+        async def connect() -> None:
             self._connection = await aiosqlite.connect(
                 self.uri + mode, uri=True, isolation_level=None, timeout=READ_BUSY
             )
+
+        with self.explained():
+            await finish(connect())  # once its thread runs, somebody has to know it to close it
         return True
 
     async def script_connection(self) -> aiosqlite.Connection:
         return self.connection
 
     async def close(self) -> None:
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            await anyio.to_thread.run_sync(self.locking.forget)
-            await connection.close()
+        async def close() -> None:
+            if self._connection is not None:
+                connection, self._connection = self._connection, None
+                await anyio.to_thread.run_sync(self.locking.forget)
+                await connection.close()
+
+        await finish(close())  # an unclosed one keeps the interpreter running
 
     async def read_history(self) -> Sequence[HistoryRow]:
         if not await self.open(create=False):
@@ -283,7 +289,9 @@ class SqliteSession:
         db.set_authorizer(None)
         try:
             self._patiently(db, "COMMIT")
-        except sqlite3.IntegrityError as error:  # a deferred foreign key
+        except sqlite3.Error as error:  # a deferred foreign key, a full disk
+            if is_busy(error):
+                raise
             raise StatementError(str(error)) from error
         self._committed = True
 

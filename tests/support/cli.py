@@ -24,6 +24,7 @@ __all__ = [
     "end_started",
     "run_msr",
     "start_msr",
+    "start_python",
     "wait_until",
     "wait_until_async",
     "write_scripts",
@@ -83,14 +84,27 @@ def start_msr(
     still runs when the test is over is ended then, see `end_started`.
     """
     words = [*map(str, arguments)]
+    command = [*prefix, *(rig.command(*words) if rig else [str(MSR), *words])]
+    return _start(command, {**(rig.environment if rig else {}), **(env or {})}, cwd)
+
+
+def start_python(code: str, *arguments: object, rig: Rig | None = None) -> subprocess.Popen[str]:
+    """Start a Python program of the test's own, with `sys.argv[1:]`; as `start_msr` does."""
+    rig = rig or Rig()
+    return _start(rig.command("-c", code, *map(str, arguments)), rig.environment)
+
+
+def _start(
+    command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [*prefix, *(rig.command(*words) if rig else [str(MSR), *words])],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, **(rig.environment if rig else {}), **(env or {})},
+        env={**os.environ, **env},
         cwd=cwd,
         start_new_session=True,
     )

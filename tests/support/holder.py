@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +68,15 @@ class Holder:
 
 
 @contextmanager
-def hold_lock(url: str, *, running: str | None = None, **locking: Any) -> Iterator[Holder]:
-    """A process that holds the lock of `url` with the given settings of `locking`."""
+def hold_lock(
+    url: str, *, running: str | None = None, prefix: Sequence[str] = (), **locking: Any
+) -> Iterator[Holder]:
+    """A process that holds the lock of `url` with the given settings of `locking`.
+
+    `prefix` is a command that runs it, as for `start_msr`.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, json.dumps([url, running, locking])],
+        [*prefix, sys.executable, "-c", _HOLDER, json.dumps([url, running, locking])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -37,6 +37,9 @@ __all__ = [
     "PostgresServer",
     "PostgresUnavailableError",
     "find_binaries",
+    "free_port",
+    "make_folder",
+    "unprivileged_account",
 ]
 
 T = TypeVar("T")
@@ -183,8 +186,8 @@ class LocalPostgres(PostgresServer):
 
     def __init__(self, binaries: Path | None = None, *, fsync: bool = False) -> None:
         binaries = binaries or find_binaries()
-        self._account = _unprivileged_account()
-        self._folder = _make_folder(self._account)
+        self._account = unprivileged_account()
+        self._folder = make_folder("msr-postgres-", self._account)
         self._log = self._folder / "postgres.log"
         self._data = self._folder / "data"
         self._fsync = "on" if fsync else "off"
@@ -192,7 +195,7 @@ class LocalPostgres(PostgresServer):
         try:
             self._binaries = self._enterable(binaries)
             self._initdb()
-            self._port = _free_port()
+            self._port = free_port()
             self._url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
             self.start()
         except BaseException:
@@ -317,28 +320,28 @@ class LocalPostgres(PostgresServer):
         return {"env": variables, "cwd": self._folder, **self._account}
 
 
-def _unprivileged_account() -> dict[str, Any]:
-    """What makes a child run as `nobody` when we are root, which PostgreSQL refuses to be."""
+def unprivileged_account() -> dict[str, Any]:
+    """What makes a child run as `nobody` when we are root, which such servers refuse to be."""
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")
     return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
 
 
-def _make_folder(account: dict[str, Any]) -> Path:
+def make_folder(prefix: str, account: dict[str, Any]) -> Path:
     """A folder that only the server's account can enter, in memory where there is room."""
     memory = Path("/dev/shm")
     if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30:
         base = str(memory)
     else:
         base = "/tmp" if account else tempfile.gettempdir()  # TMPDIR may be root's own
-    folder = Path(tempfile.mkdtemp(prefix="msr-postgres-", dir=base))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     if account:
         os.chown(folder, account["user"], account["group"])
     return folder
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that the kernel gives to clients.
 
     One of theirs could be taken while the server is stopped, and a client that keeps trying to

@@ -7,21 +7,26 @@ SIGSTOP freezes it until the test sends SIGCONT, SIGKILL leaves it no time for a
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 import json
 import os
 import signal
+import sqlite3
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-__all__ = ["MECHANISMS", "STEPS", "Rig", "is_stopped", "switch_off"]
+__all__ = ["MECHANISMS", "STEPS", "Rig", "act_at", "is_stopped", "switch_off"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +38,7 @@ Patch = Callable[[Any, str, Any], None]
 class Rig:
     """What is wrong with a process: mechanisms `without` which it runs, a signal `at` a step.
 
+    `bounds` are seconds that a test has no time for, by the name of the constant in `msr`.
     `at` is "before" or "after" and one of STEPS, for example "before commit"; `nth` counts how
     often the process came there, from one.
     """
@@ -41,10 +47,21 @@ class Rig:
     at: str | None = None
     send: signal.Signals = signal.SIGSTOP
     nth: int = 1
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs `msr` with `arguments`, rigged."""
-        return [sys.executable, "-m", "tests.support.rig", json.dumps(asdict(self)), *arguments]
+        return [sys.executable, "-m", "tests.support.rig", self.to_json(), *arguments]
+
+    def to_json(self) -> str:
+        """Itself, for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Rig:
+        """What `to_json` gave."""
+        faults = json.loads(text)
+        return cls(**{**faults, "send": signal.Signals(faults["send"])})
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,12 +72,23 @@ class Rig:
         """Build the faults into this process."""
         for mechanism in self.without:
             switch_off(mechanism, patch)
+        for name, seconds in self.bounds.items():
+            module, _, constant = name.rpartition(".")
+            patch(importlib.import_module(module), constant, seconds)
         if self.at is not None:
-            when, _, step = self.at.partition(" ")
-            for owner, name in _places(step):
-                send = functools.partial(os.kill, os.getpid(), self.send)
-                wrapped = _surrounded(getattr(owner, name), when, self.nth, send)
-                patch(owner, name, wrapped)
+            act_at(self.at, functools.partial(_send, self.send), self.nth, patch)
+
+
+def _send(number: signal.Signals) -> None:
+    """Signal this process, here and now.
+
+    The kernel may hand a process's signal to any of its threads, while this one runs on for a
+    moment; a stop or a kill that is sent to a thread is the whole process's as well.
+    """
+    if number in (signal.SIGSTOP, signal.SIGKILL):
+        signal.pthread_kill(threading.get_ident(), number)
+    else:
+        os.kill(os.getpid(), number)
 
 
 def is_stopped(pid: int) -> bool:
@@ -77,6 +105,16 @@ def switch_off(mechanism: str, patch: Patch) -> None:
 # Steps
 
 
+def act_at(at: str, act: Callable[[], None], nth: int = 1, patch: Patch = setattr) -> None:
+    """Have this process call `act` at a step; SQLite's work is done, and `act` called, in a thread.
+
+    See `Rig` for `at` and `nth`.
+    """
+    when, _, step = at.partition(" ")
+    for owner, name in _places(step):
+        patch(owner, name, _surrounded(getattr(owner, name), when, nth, act))
+
+
 def _places(step: str) -> Sequence[tuple[Any, str]]:
     """Where the code of both handlers takes the step; imported here, as `msr` itself does late."""
     from asyncpg.transaction import Transaction
@@ -89,18 +127,24 @@ def _places(step: str) -> Sequence[tuple[Any, str]]:
 
     places: dict[str, Sequence[tuple[Any, str]]] = {
         "acquire": [(PostgresLocking, "acquire"), (SqliteLocking, "acquire")],
+        "script": [(Run, "_apply")],
         "begin": [(Transaction, "start"), (SqliteSession, "_begin")],
         "body": [(Run, "_run_body")],
         "record": [(PostgresSession, "record"), (SqliteSession, "_record")],
         "commit": [(Transaction, "commit"), (SqliteSession, "_commit")],
         "renew": [(PostgresLocking, "renew"), (SqliteLocking, "renew")],
         "release": [(PostgresLocking, "release"), (SqliteLocking, "release")],
+        "free": [(PostgresLocking, "_change"), (SqliteLocking, "_change")],
     }
     return places[step]
 
 
-STEPS = ("acquire", "begin", "body", "record", "commit", "renew", "release")
-"""In the order of a run; `renew` is the heartbeat's, from the end of the first second on."""
+STEPS = ("acquire", "script", "begin", "body", "record", "commit", "renew", "release", "free")
+"""In the order of a run; `renew` is the heartbeat's, from the end of the first second on.
+
+`free` is the change of the row inside `release` (and inside `renew`): after it, the row is free
+and what proves life is still ours.
+"""
 
 
 def _surrounded(original: Any, when: str, nth: int, act: Callable[[], None]) -> Any:
@@ -127,7 +171,9 @@ def _surrounded(original: Any, when: str, nth: int, act: Callable[[], None]) -> 
             act()
         return result
 
-    return surrounded_coroutine if inspect.iscoroutinefunction(original) else surrounded
+    # asyncpg hides its coroutine functions behind a check that is none.
+    is_coroutine = inspect.iscoroutinefunction(inspect.unwrap(original))
+    return surrounded_coroutine if is_coroutine else surrounded
 
 
 # Mechanisms
@@ -180,6 +226,33 @@ def _no_watch(patch: Patch) -> None:
     patch(locking, "_watch", nothing)
 
 
+def _no_shield(patch: Patch) -> None:
+    """A cancellation goes on into the attempt to take the lock, and into its release."""
+    from msr import locking
+
+    async def bare(work: Awaitable[object]) -> object:
+        return await work
+
+    patch(locking, "finish", bare)
+
+
+def _no_signal_handler(patch: Patch) -> None:
+    """A signal is left to Python: SIGTERM ends the process at once."""
+    from msr_cli import app
+
+    class Signals:
+        """The module `signal`, except that it installs nothing."""
+
+        SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+
+        @staticmethod
+        def signal(*_: object) -> None:
+            pass
+
+    assert vars(app)["signal"] is signal
+    patch(app, "signal", Signals)
+
+
 def _no_lock(patch: Patch) -> None:
     """Nobody is refused the lock, and nobody loses it."""
     from msr.handlers import postgres_lock, sqlite_lock
@@ -190,20 +263,396 @@ def _no_lock(patch: Patch) -> None:
     patch(sqlite_lock.SqliteLocking, "_is_free", lambda *_: True)
 
 
+def _no_polling(patch: Patch) -> None:
+    """Who waits does so inside a statement that blocks, or inside a transaction (SQLite)."""
+    from msr.handlers import postgres_lock, sqlite_lock
+
+    blocking = "(pg_advisory_lock($2) IS NOT NULL)"
+    _statement(patch, postgres_lock, "ACQUIRE", "pg_try_advisory_lock($2)", blocking)
+    original = sqlite_lock.SqliteLocking._read
+
+    def read(self: Any, db: Any) -> Any:
+        if not db.in_transaction:
+            db.execute("BEGIN")
+        return original(self, db)
+
+    patch(sqlite_lock.SqliteLocking, "_read", read)
+
+
+def _no_client_watch(patch: Patch) -> None:
+    """The server does not look for its client during a statement (PostgreSQL)."""
+    from msr.handlers.postgres import PostgresSession
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    patch(PostgresSession, "watch_client", nothing)
+
+
+def _no_proof_of_death(patch: Patch) -> None:
+    """A holder that is gone keeps the lock for its lease."""
+    from msr.handlers import postgres_lock
+    from msr.handlers.sqlite_lock import SqliteLocking
+
+    proof = "OR (l.session IS NOT NULL AND $7 IS NOT NULL)"
+    _statement(patch, postgres_lock, "ACQUIRE", proof, "")
+    patch(SqliteLocking, "_holder", lambda *_: "unknown")
+
+
+def _no_expiry(patch: Patch) -> None:
+    """Who waits does not look whether the lease has run out meanwhile."""
+    from msr.handlers import postgres_lock, sqlite_lock
+
+    expired = "l.expires_at <= clock_timestamp()"
+    _statement(patch, postgres_lock, "ACQUIRE", f"OR {expired}", "")
+    _statement(patch, postgres_lock, "READ_STATUS", f"coalesce({expired}, false)", "false")
+    expired = f"coalesce(expires_at <= {sqlite_lock.NOW}, 0)"
+    _statement(patch, sqlite_lock, "READ_STATUS", expired, "0")
+
+
+def _no_comparison_on_release(patch: Patch) -> None:
+    """Whoever releases frees the lock, whose ever it is."""
+    from msr.handlers import postgres_lock, sqlite_lock
+
+    ours = "token = $2 AND locked_by = $3 FOR UPDATE"
+    anybody = "($2::bigint, $3::text) IS NOT NULL FOR UPDATE"
+    _statement(patch, postgres_lock, "RELEASE", ours, anybody)
+    _statement(patch, sqlite_lock, "RELEASE", "AND token = :token AND locked_by = :locked_by", "")
+
+
+def _no_answer_to_release(patch: Patch) -> None:
+    """A release that changed nothing is taken for a good one."""
+    from msr import locking
+
+    original = locking._release
+
+    async def release(*arguments: Any) -> bool:
+        await original(*arguments)
+        return True
+
+    patch(locking, "_release", release)
+
+
+def _no_comparison_on_forced_release(patch: Patch) -> None:
+    """A forced release takes the lock as it is now for the one that the operator saw."""
+    from msr.handlers.postgres_lock import PostgresLocking
+    from msr.handlers.sqlite_lock import SqliteLocking
+
+    for service in (PostgresLocking, SqliteLocking):
+        original = service.force_release
+
+        async def release(
+            self: Any, token: int, *, original: Any = original, **options: Any
+        ) -> bool:
+            return bool(await original(self, (await self.get_status()).token, **options))
+
+        patch(service, "force_release", release)
+
+
+def _no_option_no_lock(patch: Patch) -> None:
+    """`--no-lock` is read, and that is all."""
+    from msr import MigrationScriptExecutor
+
+    original = MigrationScriptExecutor.migrate
+
+    async def migrate(self: Any, *, wait: float | None = None, use_lock: Any = None) -> Any:
+        return await original(self, wait=wait)
+
+    patch(MigrationScriptExecutor, "migrate", migrate)
+
+
+def _no_defaults(patch: Patch) -> None:
+    """In a `locking` table that is given in part, what is not given is empty."""
+    from msr import config
+
+    original = config._values
+
+    def values(layer: Any, prefix: str) -> dict[str, Any]:
+        given = original(layer, prefix)
+        return {"enabled": False, **given} if prefix and given else given
+
+    patch(config, "_values", values)
+
+
+def _no_owner_columns(patch: Patch) -> None:
+    """Host and process are cut out of the holder's id, at its hyphens."""
+    from msr.handlers.postgres_lock import PostgresLocking
+    from msr.handlers.sqlite_lock import SqliteLocking
+
+    for service in (PostgresLocking, SqliteLocking):
+        original = service._status
+
+        def status(self: Any, row: Any, original: Any = original) -> Any:
+            found = original(self, row)
+            host, process, *_ = (found.locked_by or "-").split("-")
+            number = int(process) if process.isdigit() else None
+            return replace(found, hostname=host, process_id=number)
+
+        patch(service, "_status", status)
+
+
+def _no_single_transaction(patch: Patch) -> None:
+    """What a script did is committed before its history row is written."""
+    from msr.handlers.postgres import PostgresSession
+    from msr.handlers.sqlite import SqliteSession
+
+    original, original_hop = PostgresSession.record, SqliteSession._record
+
+    async def record(self: Any, *arguments: Any) -> None:
+        await self.connection.execute("COMMIT")
+        await self.connection.execute("BEGIN")
+        await original(self, *arguments)
+
+    def record_hop(self: SqliteSession, db: sqlite3.Connection, *arguments: Any) -> None:
+        db.set_authorizer(None)
+        db.execute("COMMIT")
+        db.execute("BEGIN IMMEDIATE")
+        original_hop(self, db, *arguments)
+
+    patch(PostgresSession, "record", record)
+    patch(SqliteSession, "_record", record_hop)
+
+
+def _no_second_try(patch: Patch) -> None:
+    """The heartbeat ends with the first thing that goes wrong on its connection."""
+    from msr import locking
+
+    original = locking._beat
+
+    async def beat(*arguments: Any) -> None:
+        with contextlib.suppress(Exception):
+            await original(*arguments)
+        await anyio.sleep_forever()
+
+    patch(locking, "_beat", beat)
+
+
+def _no_look_before(verdict: bool, patch: Patch) -> None:
+    """A commit whose answer was lost is taken for done, or for undone, without a look."""
+    from msr.handlers.postgres import PostgresSession
+    from msr.handlers.sqlite import SqliteSession
+
+    async def resolve_commit(self: Any) -> bool:
+        return bool(verdict and self._committing)
+
+    patch(PostgresSession, "resolve_commit", resolve_commit)
+    if not verdict:
+        patch(SqliteSession, "resolve_commit", resolve_commit)
+
+
+def _no_patience_without_heartbeat(patch: Patch) -> None:
+    """A heartbeat that gets no connection of its own is a heartbeat that failed."""
+    from msr.errors import DatabaseUnreachableError
+
+    patch(DatabaseUnreachableError, "is_full", property(lambda _: False, lambda *_: None))
+
+
+def _no_renewal_between_scripts(patch: Patch) -> None:
+    """The worker leaves all renewing to the heartbeat."""
+    from msr.locking import Lease
+
+    patch(Lease, "is_due", False)
+
+
+def _no_leftovers(patch: Patch) -> None:
+    """Nobody looks for what a killed script left behind (PostgreSQL)."""
+    from msr.handlers.postgres import PostgresSession
+
+    async def nothing(*_: object) -> list[str]:
+        return []
+
+    patch(PostgresSession, "find_leftovers", nothing)
+
+
+def _no_wake_up(patch: Patch) -> None:
+    """A waiter sleeps from poll to poll, as long as it may, whatever happens meanwhile."""
+    from msr import locking
+    from msr.handlers import postgres_lock, sqlite_lock
+
+    async def sleep(_: object, seconds: float) -> bool:
+        await anyio.sleep(seconds)
+        return False
+
+    patch(locking, "FIRST_POLL", locking.LAST_POLL)
+    patch(postgres_lock.PostgresLocking, "wait", sleep)
+    patch(sqlite_lock.SqliteLocking, "wait", sleep)
+
+
+def _no_look_at_the_history(patch: Patch) -> None:
+    """A waiter does not look whether its work has been done already."""
+    from msr import locking, runner
+
+    def hold(*arguments: Any, **options: Any) -> Any:
+        return locking.hold(*arguments, **{**options, "done": None})
+
+    patch(runner, "hold", hold)
+
+
+def _no_pooler_detection(patch: Patch) -> None:
+    """Every connection is taken for a direct one (PostgreSQL)."""
+    from msr.handlers.postgres import PostgresSession
+
+    settle, read_history = PostgresSession.settle, PostgresSession.read_history
+
+    def settle_as_direct(self: PostgresSession, *arguments: Any) -> None:
+        settle(self, *arguments)
+        self.pooled = False
+
+    async def read_history_as_direct(self: PostgresSession) -> Any:
+        rows = await read_history(self)
+        self.pooled = False
+        return rows
+
+    patch(PostgresSession, "settle", settle_as_direct)
+    patch(PostgresSession, "read_history", read_history_as_direct)
+
+
+def _no_respect_for_the_key(patch: Patch) -> None:
+    """Behind a pooler nobody looks whether a direct session has the key (PostgreSQL)."""
+    from msr.handlers import postgres_lock
+
+    asked = "AND ($7 IS NOT NULL OR NOT EXISTS ("
+    _statement(patch, postgres_lock, "ACQUIRE", asked, "AND (true OR NOT EXISTS (")
+
+
+def _statement_cache(patch: Patch) -> None:
+    """asyncpg keeps prepared statements, as it does unless it is told not to (PostgreSQL)."""
+    import asyncpg
+
+    connect = asyncpg.connect
+
+    def connect_with_cache(*arguments: Any, **options: Any) -> Any:
+        assert options.pop("statement_cache_size") == 0
+        return connect(*arguments, **options)
+
+    patch(asyncpg, "connect", connect_with_cache)
+
+
+def _no_started_row(patch: Patch) -> None:
+    """A script outside a transaction is recorded when it is finished, and not before."""
+    from msr.handlers.postgres import PostgresSession
+    from msr.handlers.sqlite import SqliteSession
+
+    for session in (PostgresSession, SqliteSession):
+        original = session.record
+
+        async def record(self: Any, row: Any, lease: Any, original: Any = original) -> None:
+            if row.status != "started":
+                await original(self, row, lease)
+
+        patch(session, "record", record)
+
+
+def _no_lock_file(patch: Patch) -> None:
+    """A holder is judged by its process id, as most pid files are (SQLite)."""
+    from msr.handlers.sqlite_lock import SqliteLocking
+
+    def judge(_: Any, row: dict[str, Any]) -> str | None:
+        if row["locked_by"] is None:
+            return None
+        try:
+            os.kill(row["process_id"], 0)
+        except ProcessLookupError:
+            return "gone"
+        return "alive"
+
+    patch(SqliteLocking, "_holder", judge)
+
+
+def _no_doubt_without_lock_file(patch: Patch) -> None:
+    """A holder that has no lock file is taken for dead (SQLite)."""
+    from msr.handlers.sqlite_lock import SqliteLocking
+
+    judge = SqliteLocking._holder
+
+    def judge_boldly(self: SqliteLocking, row: dict[str, Any]) -> str | None:
+        verdict = judge(self, row)
+        return "gone" if verdict == "unknown" else verdict
+
+    patch(SqliteLocking, "_holder", judge_boldly)
+
+
+def _no_patient_commit(patch: Patch) -> None:
+    """Who is in the way of BEGIN or COMMIT is waited for a moment only (SQLite)."""
+    from msr.handlers import sqlite
+
+    assert sqlite.WRITE_BUSY > sqlite.BUSY_PIECE
+    patch(sqlite, "WRITE_BUSY", 0.0)
+
+
+def _no_immediate_begin(patch: Patch) -> None:
+    """A script's transaction begins to write with its first own change (SQLite)."""
+    from msr.handlers.sqlite import SqliteSession
+
+    def begin(self: SqliteSession, db: sqlite3.Connection, _: Any) -> None:
+        self._patiently(db, "BEGIN")
+
+    patch(SqliteSession, "_begin", begin)
+
+
+def _no_database_clock(patch: Patch) -> None:
+    """The time in the lock's statements is the client's (PostgreSQL)."""
+    from msr.handlers import postgres_lock
+    from msr.handlers.postgres import PostgresSession
+
+    clock = "clock_timestamp()"
+    for name in ("ACQUIRE", "RENEW", "READ_STATUS", "FORCE_RELEASE", "END_SESSION"):
+        assert clock in getattr(postgres_lock, name), f"{name} has changed: no {clock} in it"
+    original = PostgresSession.sql
+
+    def sql(self: Any, template: str) -> str:
+        return original(self, template).replace(clock, f"to_timestamp({time.time()!r})")
+
+    patch(PostgresSession, "sql", sql)
+
+
 MECHANISMS: dict[str, Callable[[Patch], None]] = {
     "fence": _no_fence,
     "session ending": _no_session_ending,
     "heartbeat": _no_heartbeat,
     "watch": _no_watch,
+    "shield": _no_shield,
+    "signal handler": _no_signal_handler,
     "lock": _no_lock,
+    "polling": _no_polling,
+    "wake-up": _no_wake_up,
+    "look at the history": _no_look_at_the_history,
+    "client watch": _no_client_watch,
+    "proof of death": _no_proof_of_death,
+    "expiry": _no_expiry,
+    "database clock": _no_database_clock,
+    "comparison on release": _no_comparison_on_release,
+    "answer to release": _no_answer_to_release,
+    "comparison on forced release": _no_comparison_on_forced_release,
+    "option --no-lock": _no_option_no_lock,
+    "defaults": _no_defaults,
+    "owner columns": _no_owner_columns,
+    "single transaction": _no_single_transaction,
+    "second try": _no_second_try,
+    "look before applied": functools.partial(_no_look_before, True),
+    "look before rolled back": functools.partial(_no_look_before, False),
+    "patience without heartbeat": _no_patience_without_heartbeat,
+    "renewal between scripts": _no_renewal_between_scripts,
+    "started row": _no_started_row,
+    "leftovers": _no_leftovers,
+    "pooler detection": _no_pooler_detection,
+    "respect for the key": _no_respect_for_the_key,
+    "empty statement cache": _statement_cache,
+    "lock file": _no_lock_file,
+    "doubt without a lock file": _no_doubt_without_lock_file,
+    "patient commit": _no_patient_commit,
+    "immediate begin": _no_immediate_begin,
 }
 
 
 def main() -> None:
-    """Run `msr` with the rig given as JSON in the first argument."""
-    faults = json.loads(sys.argv.pop(1))
-    Rig(**{**faults, "send": signal.Signals(faults["send"])}).apply()
+    """Run `msr`, or the program after `-c`, with the rig given as JSON in the first argument."""
+    Rig.from_json(sys.argv.pop(1)).apply()
 
+    if sys.argv[1:2] == ["-c"]:
+        sys.argv.pop(0)
+        exec(compile(sys.argv.pop(1), "-c", "exec"), {"__name__": "__main__"})
+        return
     from msr_cli.__main__ import main as run
 
     run()

@@ -281,6 +281,7 @@ async def test_the_trust_runs_out(lock: FakeLock) -> None:
 
 async def test_the_trust_counts_from_before_the_request(lock: FakeLock) -> None:
     """An answer that took long is trusted only from the moment the question was sent."""
+    asked = 0.0
 
     class SlowService(FakeService):
         async def acquire(
@@ -291,7 +292,6 @@ async def test_the_trust_counts_from_before_the_request(lock: FakeLock) -> None:
             await anyio.sleep(0.2)
             return await super().acquire(owner, timeout, running)
 
-    asked = 0.0
     async with hold(SlowService(lock, "worker"), lock.connect, timeout=LEASE, wait=0) as lease:
         assert lease is not None
         assert lease.trusted_until <= asked + 0.9 * LEASE
