@@ -8,8 +8,8 @@ two waits for an hour or not at all. So that clock is left alone (`--exclude-mon
 from __future__ import annotations
 
 import asyncio
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess
