@@ -23,9 +23,9 @@ import pytest
 import msr
 from tests.support.cli import wait_until_async, write_scripts
 from tests.support.figures import Figures, rounds
+from tests.support.mechanisms import switch_off
 from tests.support.migrations import is_sqlite
 from tests.support.queries import fetch, table_names
-from tests.support.rig import switch_off
 
 LEASE = 1
 """Seconds: the shortest that can be configured."""

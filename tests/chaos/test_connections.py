@@ -19,6 +19,7 @@ import msr
 from tests.support.cli import run_msr, wait_until, write_scripts
 from tests.support.figures import LONG
 from tests.support.holder import Gate
+from tests.support.mechanisms import switch_off
 from tests.support.migrations import (
     applied,
     finish,
@@ -28,7 +29,7 @@ from tests.support.migrations import (
 )
 from tests.support.postgres import LocalPostgres
 from tests.support.queries import fetch, query
-from tests.support.rig import Rig, switch_off
+from tests.support.rig import Rig
 
 pytestmark = pytest.mark.timeout(180)
 

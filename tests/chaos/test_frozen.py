@@ -28,6 +28,7 @@ from msr.urls import parse_url
 from tests.support.arena import Arena, arenas, count_violations, is_kept_out, make_places
 from tests.support.cli import Result, wait_until, wait_until_async, write_scripts
 from tests.support.figures import Figures, rounds
+from tests.support.mechanisms import switch_off
 from tests.support.migrations import (
     applied,
     finish,
@@ -36,7 +37,7 @@ from tests.support.migrations import (
     wait_for_waiting,
 )
 from tests.support.queries import fetch, query
-from tests.support.rig import Rig, is_stopped, switch_off
+from tests.support.rig import Rig, is_stopped
 
 LEASE = 1
 """Seconds, the least that can be set."""

@@ -24,11 +24,12 @@ import msr
 from msr.handlers import postgres_lock
 from tests.support.cli import Result, run_msr, wait_until, write_scripts
 from tests.support.figures import rounds
+from tests.support.mechanisms import switch_off
 from tests.support.migrations import applied, finish, lock_row, start_migrate, wait_for_waiting
 from tests.support.pgbouncer import Mode, PgBouncer, PgBouncerUnavailableError
 from tests.support.postgres import PostgresServer
 from tests.support.queries import fetch, query
-from tests.support.rig import Rig, is_stopped, switch_off
+from tests.support.rig import Rig, is_stopped
 
 DETECTION = "pooler detection"
 
