@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -64,6 +64,7 @@ class Interrupted(msr.MsrError):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
+        self.applied: Sequence[str] = ()
         super().__init__(
             f"interrupted by {signal.Signals(signum).name}: what ran in a transaction is undone"
         )
@@ -125,12 +126,16 @@ def migrate(
         out = _say_nothing if json else typer.echo
         progress = render.Progress(out, _to_stderr)
         runner = executor_from(Source(url, folder, config, executor), progress)
-        result = _await(
-            lambda: runner.migrate(
-                wait=0 if no_wait else wait, use_lock=False if no_lock else None
-            ),
-            quiet=json,
-        )
+        try:
+            result = _await(
+                lambda: runner.migrate(
+                    wait=0 if no_wait else wait, use_lock=False if no_lock else None
+                ),
+                quiet=json,
+            )
+        except Interrupted as error:
+            error.applied = progress.applied
+            raise
         typer.echo(render.as_json(result) if json else render.migration_result(result))
 
     _guarded(work, json, debug)

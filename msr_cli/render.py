@@ -160,12 +160,14 @@ class Progress:
     """A listener that turns events into lines: scripts on `out`, waiting on `err`."""
 
     def __init__(self, out: Any, err: Any) -> None:
+        self.applied: list[str] = []
         self._out = out
         self._err = err
         self._told: tuple[object, float] | None = None
 
     def __call__(self, event: msr.Event) -> None:
         if isinstance(event, msr.ScriptApplied):
+            self.applied.append(event.script)
             self._out(f"Applied {event.script} ({_duration(event.duration)})")
         elif isinstance(event, msr.WaitingForLock):
             self._waiting(event.status)

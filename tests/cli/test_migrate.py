@@ -432,6 +432,19 @@ class TestSignals:
         assert versions(url) == [1]
         assert is_free(url)
 
+    def test_json(self, url: str, folder: Path, gate: Gate) -> None:
+        """The document says what had been applied before."""
+        write_scripts(folder, {**FIRST, "V2_slow.py": gate.script()})
+        migration = start_msr("migrate", "--json")
+        gate.wait()
+
+        migration.terminate()
+
+        document = json.loads(migration.communicate(timeout=40)[0])
+        assert migration.returncode == 143
+        assert document["error"]["type"] == "Interrupted"
+        assert document["error"]["applied"] == ["V1_first.sql"]
+
     def test_in_a_statement(self, url: str, folder: Path) -> None:
         """A statement that runs in the database is cancelled there."""
         write_scripts(folder, {**FIRST, "V2_slow.sql": sleep_in_sql(url)})
