@@ -191,6 +191,14 @@ def test_exit_codes() -> None:
     assert documented == {0, 1, 130, 143} | {code for _, code in EXIT_CODES}
 
 
+def test_every_test_file_is_explained() -> None:
+    """The page of the tests names each of them."""
+    folder = ROOT / "tests"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    files = {str(path.relative_to(folder)) for path in folder.glob("*/test_*.py")}
+    assert files - set(re.findall(r"\]\(([^)#\s]+)\)", page)) == set()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     """No page points to a file that is not there."""

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.cli import wait_until
+from tests.support.rig import Rig
 
 __all__ = ["Gate", "Holder", "hold_lock"]
 
@@ -69,14 +69,21 @@ class Holder:
 
 @contextmanager
 def hold_lock(
-    url: str, *, running: str | None = None, prefix: Sequence[str] = (), **locking: Any
+    url: str,
+    *,
+    running: str | None = None,
+    rig: Rig | None = None,
+    prefix: Sequence[str] = (),
+    **locking: Any,
 ) -> Iterator[Holder]:
     """A process that holds the lock of `url` with the given settings of `locking`.
 
-    `prefix` is a command that runs it, as for `start_msr`.
+    `rig` and `prefix` are those of `start_msr`.
     """
+    rig = rig or Rig()
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", _HOLDER, json.dumps([url, running, locking])],
+        [*prefix, *rig.command("-c", _HOLDER, json.dumps([url, running, locking]))],
+        env={**os.environ, **rig.environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
