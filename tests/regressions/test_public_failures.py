@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,11 @@ from tests.support.migrations import (
     start_migrate,
     wait_for_waiting,
 )
-from tests.support.pgbouncer import PgBouncer, PgBouncerUnavailableError
+from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PostgresServer
 from tests.support.queries import query, table_names
 from tests.support.rig import Rig
+from tests.support.tools import find
 
 HELD, LOST = 8, 9
 
@@ -123,13 +123,9 @@ def test_authentik_lock_stranded_in_pgbouncer(
     released on another, which does nothing. It stayed until the pool closed that connection, and
     every pod that started meanwhile waited for it.
     """
-    try:
-        pgbouncer = PgBouncer(postgres_server.url(), "transaction")
-    except PgBouncerUnavailableError as error:
-        pytest.fail(str(error), pytrace=False)
     locks = "SELECT count(*) FROM pg_locks JOIN pg_database AS d ON d.oid = database"
     locks += " WHERE locktype = 'advisory' AND datname = current_database()"
-    with pgbouncer:
+    with PgBouncer(postgres_server.url(), "transaction") as pgbouncer:
         victim = Rig(without=without, at="before release", send=signal.SIGKILL)
         end = finish(start_migrate(pgbouncer.url(postgres_url), folder, rig=victim))
         assert end.exit_code == -signal.SIGKILL
@@ -300,9 +296,15 @@ def test_hyphenated_host_name_that_broke_the_process_id(
     The holder's id was host, process and a random part with hyphens between, and was split at
     them to show the process: for `web-7d4b9-x2x4q` that gave a part of the name.
     """
-    unshare = shutil.which("unshare")
-    assert unshare is not None, "unshare is needed (util-linux)"
-    rename = [unshare, "--uts", "--map-root-user", "sh", "-c", 'hostname web-7-x2; exec "$@"', "-"]
+    rename = [
+        find("unshare", "util-linux"),
+        "--uts",
+        "--map-root-user",
+        "sh",
+        "-c",
+        'hostname web-7-x2; exec "$@"',
+        "-",
+    ]
     gate = Gate(tmp_path)
     folder = write_scripts(tmp_path / "scripts", {"V1_gate.py": gate.script()})
     holder = start_migrate(sqlite_url, folder, prefix=rename)

@@ -16,25 +16,18 @@ from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from tests.support.postgres import free_port, make_folder, unprivileged_account
+from tests.support.tools import find
 
-__all__ = ["Mode", "PgBouncer", "PgBouncerUnavailableError"]
+__all__ = ["Mode", "PgBouncer"]
 
 Mode = Literal["transaction", "session"]
-
-
-class PgBouncerUnavailableError(RuntimeError):
-    """No PgBouncer can be had."""
 
 
 class PgBouncer:
     """A pooler on 127.0.0.1 for every database of the server at `url`, until the `with` ends."""
 
     def __init__(self, url: str, mode: Mode) -> None:
-        program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
-        if program is None:
-            raise PgBouncerUnavailableError(
-                "these tests need PgBouncer: install the package `pgbouncer` (apt-get, dnf, brew)"
-            )
+        program = find("pgbouncer", "pgbouncer")
         account = unprivileged_account()
         self._folder = make_folder("msr-pgbouncer-", account)
         self._log = self._folder / "log"
@@ -81,9 +74,7 @@ class PgBouncer:
             except OSError as error:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     log = self._log.read_text(errors="replace") if self._log.exists() else ""
-                    raise PgBouncerUnavailableError(
-                        f"PgBouncer did not start: {error}\n{log}"
-                    ) from error
+                    raise RuntimeError(f"PgBouncer did not start: {error}\n{log}") from error
                 time.sleep(0.02)
 
 
