@@ -130,10 +130,9 @@ WHERE NOT x.indisvalid
 ORDER BY 2
 """
 _NAME = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
-CONCURRENT_BUILD = re.compile(
+CONCURRENT_BUILD = (  # compiled when it is needed, which is hardly ever
     rf"\bINDEX\s+CONCURRENTLY\s+(?P<name>(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}\s+)?"
-    rf"ON\s+(?:ONLY\s+)?(?P<table>{_NAME}(?:\s*\.\s*{_NAME})?)",
-    re.IGNORECASE,
+    rf"ON\s+(?:ONLY\s+)?(?P<table>{_NAME}(?:\s*\.\s*{_NAME})?)"
 )
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
@@ -402,7 +401,7 @@ class PostgresSession:
             )
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
-        builds = list(CONCURRENT_BUILD.finditer(text))
+        builds = list(re.finditer(CONCURRENT_BUILD, text, re.IGNORECASE))
         tables = [build["table"] for build in builds]
         nameless = [build["table"] for build in builds if not build["name"]]
         return [
