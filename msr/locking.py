@@ -394,21 +394,17 @@ def foreign_task_groups() -> Iterator[None]:
     that for somebody's cancellation when our own group ends, and hide the error, or the success.
     """
     task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
+    assert task is not None, "this is called inside a task"
+    before = task.cancelling()
+    cancelled = False
     try:
         yield
     except asyncio.CancelledError:
+        cancelled = True
         raise
-    except BaseException:
-        _lower_to(before, task)
-        raise
-    else:
-        _lower_to(before, task)
-
-
-def _lower_to(cancellations: int, task: asyncio.Task[Any] | None) -> None:
-    while sys.version_info < (3, 13) and task and task.cancelling() > cancellations:
-        task.uncancel()
+    finally:
+        while sys.version_info < (3, 13) and not cancelled and task.cancelling() > before:
+            task.uncancel()
 
 
 @contextmanager
