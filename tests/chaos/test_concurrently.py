@@ -171,7 +171,9 @@ def kill_a_build(url: str, folder: Path, table: str, rig: Rig | None = None) -> 
     """End migrator and database session with SIGKILL and SIGTERM, in the middle of the build."""
     with writer(url, table):
         victim = start_migrate(url, folder, rig=rig)
-        building = "FROM pg_stat_progress_create_index WHERE datname = current_database()"
+        # The primary keys of our tables are built there too, for a moment.
+        building = "FROM pg_stat_progress_create_index WHERE command = 'CREATE INDEX CONCURRENTLY'"
+        building += " AND datname = current_database()"
         wait_until(lambda: query(url, f"SELECT pid {building}"), timeout=20)
         os.killpg(victim.pid, signal.SIGKILL)
         query(url, f"SELECT pg_terminate_backend(pid) {building}")

@@ -219,6 +219,10 @@ class TestFailure:
         assert dump(migrated_url) == before
 
 
+ALMOST_FREE = "Waiting for the migration lock, which is about to be free\n"
+"""What a waiter says that looks between the two steps of a release: the row, and the key."""
+
+
 class TestHeldLock:
     """Another process has the lock."""
 
@@ -270,7 +274,7 @@ class TestHeldLock:
 
             assert holder.release() == 0
             stdout, stderr = migration.communicate(timeout=40)
-        assert (migration.returncode, stderr) == (0, "")
+        assert (migration.returncode, stderr.removeprefix(ALMOST_FREE)) == (0, "")
         assert stdout.startswith("Applied V1_first.sql ")
 
     def test_follower(self, url: str, folder: Path, gate: Gate) -> None:
@@ -287,7 +291,7 @@ class TestHeldLock:
         gate.open()
         assert leader.wait(20) == 0
         stdout, stderr = follower.communicate(timeout=40)
-        assert (follower.returncode, stderr) == (0, "")
+        assert (follower.returncode, stderr.removeprefix(ALMOST_FREE)) == (0, "")
         assert stdout == "✓ Nothing left to do: another process applied 1 script\n"
         document = json.loads(listening.communicate(timeout=40)[0])
         assert (document["followed"], document["executed"]) == (True, [])
