@@ -452,19 +452,24 @@ def test_a_slow_migration_keeps_its_lock(database_url: str, tmp_path: Path) -> N
 
     A second one without a heartbeat shows what keeps it.
     """
+    opened = tmp_path / "opened"
     slow = """
-        import asyncio
+        import asyncio, pathlib
 
         transaction = {transaction}
 
         async def up(db):
             await db.execute("INSERT INTO work VALUES ({version})")
             await asyncio.sleep(1.4)
+            while not transaction and not pathlib.Path({opened!r}).exists():
+                await asyncio.sleep(0.02)
     """
     folder = write_scripts(
         tmp_path / "scripts",
         {
-            f"V{version}_slow.py": slow.format(transaction=transaction, version=version)
+            f"V{version}_slow.py": slow.format(
+                transaction=transaction, version=version, opened=str(opened)
+            )
             for version, transaction in enumerate([True, False], start=1)
         },
     )
@@ -478,6 +483,8 @@ def test_a_slow_migration_keeps_its_lock(database_url: str, tmp_path: Path) -> N
         wait_until(functools.partial(is_held, url), timeout=20)
     second = [start_migrate(url, folder, timeout=LEASE) for url in urls]
     wait_for_waiting(second[0])
+    wait_until(lambda: lock_row(urls[1])[0] > 1, timeout=40)
+    opened.touch()
     [kept, lost], [waited, _] = ([finish(process) for process in each] for each in (first, second))
     assert (kept.exit_code, kept.stdout.count("Applied ")) == (0, 2), kept
     assert (waited.exit_code, waited.stdout.count("Applied ")) == (0, 0), waited
