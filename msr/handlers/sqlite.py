@@ -237,8 +237,11 @@ class SqliteSession:
             await self._undo(cancelled=not isinstance(error, Exception))
             raise
         finally:
-            if lease is not None:
+            if lease is not None and lease.secured:
                 lease.secured = False
+                # However long it took, until now nobody could have taken the lock. Whether it still
+                # is ours shows at the next renewal or fence.
+                lease.trust(time.monotonic())
 
     async def _undo(self, *, cancelled: bool) -> None:
         """Leave no transaction open, if need be by closing the connection."""

@@ -22,6 +22,7 @@ from tests.support.databases import on_postgres, on_sqlite
 from tests.support.dump import dump
 from tests.support.holder import LOST, Gate, hold_lock
 from tests.support.queries import query
+from tests.support.rig import is_asleep
 
 RULE = "──────────────────────────────────────────────────────"
 
@@ -292,6 +293,8 @@ def press(key: str) -> tuple[int, str]:
         terminal.expect_exact(PROMPT)
         assert terminal.before.replace("\r\n", "\n") == WARNING
         assert terminal.buffer == "", "the cursor waits behind the prompt"
+        # A signal between the prompt and the reading is seen only when the reading is over.
+        wait_until(lambda: is_asleep(process.pid))
         terminal.send(key)
         terminal.expect_exact(EOF)
         return process.wait(10), terminal.before.replace("\r\n", "\n")

@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.support.mechanisms import Patch, switch_off
 
-__all__ = ["STEPS", "Rig", "act_at", "is_stopped"]
+__all__ = ["STEPS", "Rig", "act_at", "is_asleep", "is_stopped"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,8 +87,17 @@ def _send(number: signal.Signals) -> None:
 
 def is_stopped(pid: int) -> bool:
     """Whether the process is frozen by SIGSTOP."""
+    return _state(pid) == "T"
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether the process waits inside the kernel, for example for a key to be pressed."""
+    return _state(pid) == "S"
+
+
+def _state(pid: int) -> str:
     status = Path(f"/proc/{pid}/stat").read_text()
-    return status.rpartition(")")[2].split()[0] == "T"
+    return status.rpartition(")")[2].split()[0]
 
 
 # Steps
