@@ -43,8 +43,13 @@ hypothesis.settings.load_profile("msr")
 
 
 def pytest_configure() -> None:
-    """Let SIGTERM end the run as an interrupt does: the fixtures then stop their servers."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM end the run as an interrupt does: the fixtures then stop their servers.
+
+    A shell starts what it runs in the background with SIGINT ignored, and so would be what we
+    start: a handler of our own ends that.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _start_postgres() -> LocalPostgres:
