@@ -18,21 +18,32 @@ from msr.errors import (
     MigrationError,
     MissingDriverError,
     MsrError,
+    RollbackError,
     ValidationError,
 )
 from msr.events import (
     Event,
     Listener,
     LockAcquired,
-    ScriptApplied,
+    LockLost,
+    LockReleased,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    ScriptFailed,
+    ScriptFinished,
+    ScriptProgress,
+    ScriptRetried,
     ScriptStarted,
     WaitingForLock,
 )
-from msr.executor import MigrationScriptExecutor, migrate
-from msr.handlers.base import DatabaseHandler, Session, StatementError
+from msr.executor import MigrationScriptExecutor, migrate, validate
+from msr.handlers.base import DatabaseHandler, Limits, Session, StatementError
 from msr.locking import ForcedRelease, Lease, LockingService, LockStatus, Owner
+from msr.new import new_script
 from msr.plan import HistoryRow, ScriptStatus
-from msr.results import AppliedScript, MigrationResult
+from msr.prepare import ScriptContext
+from msr.results import ExecutedScript, MigrationResult, PlannedScript, ScriptChange
 from msr.scripts import Problem
 
 if TYPE_CHECKING:
@@ -42,7 +53,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AppliedScript",
     "Config",
     "ConfigError",
     "DatabaseBusyError",
@@ -50,16 +60,20 @@ __all__ = [
     "DatabaseHandler",
     "DatabaseUnreachableError",
     "Event",
+    "ExecutedScript",
     "ForcedRelease",
     "HistoryRow",
     "Lease",
+    "Limits",
     "Listener",
     "LockAcquired",
     "LockBlockedError",
     "LockChangedError",
     "LockError",
     "LockHeldError",
+    "LockLost",
     "LockLostError",
+    "LockReleased",
     "LockStatus",
     "LockingConfig",
     "LockingService",
@@ -69,9 +83,19 @@ __all__ = [
     "MissingDriverError",
     "MsrError",
     "Owner",
+    "PlannedScript",
     "PostgresHandler",
     "Problem",
-    "ScriptApplied",
+    "RollbackError",
+    "RunFailed",
+    "RunFinished",
+    "RunStarted",
+    "ScriptChange",
+    "ScriptContext",
+    "ScriptFailed",
+    "ScriptFinished",
+    "ScriptProgress",
+    "ScriptRetried",
     "ScriptStarted",
     "ScriptStatus",
     "Session",
@@ -82,6 +106,8 @@ __all__ = [
     "__version__",
     "load_config",
     "migrate",
+    "new_script",
+    "validate",
 ]
 
 

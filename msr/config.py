@@ -19,12 +19,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msr.errors import ConfigError
 from msr.urls import parse_url
 
-__all__ = ["Config", "LockingConfig", "load_config", "parse_duration"]
+__all__ = ["Config", "LockingConfig", "load_config", "parse_duration", "script_timeout"]
 
 Check = Callable[[object, str, str], Any]
 """Takes a value, its key and its source; returns the value to keep or raises `ConfigError`."""
@@ -80,6 +80,25 @@ def _between(lowest: float, highest: float, words: str) -> Check:
     return check
 
 
+def _one_of(*words: str) -> Check:
+    def check(value: object, key: str, source: str) -> object:
+        _require(value in words, f"must be {' or '.join(words)}", key, source)
+        return value
+
+    return check
+
+
+def _whole_number(lowest: int, highest: int) -> Check:
+    def check(value: object, key: str, source: str) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()):
+            value = int(value)
+        good = type(value) is int and lowest <= value <= highest
+        _require(good, f"must be a whole number from {lowest} to {highest}", key, source)
+        return value  # type: ignore[return-value]  # checked in the line above
+
+    return check
+
+
 def _boolean(value: object, key: str, source: str) -> object:
     _require(isinstance(value, bool), "must be true or false", key, source)
     return value
@@ -107,6 +126,10 @@ def _url(value: object, key: str, source: str) -> object:
     if value is not None:
         parse_url(value, source)  # type: ignore[arg-type]  # it refuses what is no text
     return value
+
+
+script_timeout = _between(0, _WEEK, "0 seconds (no limit) to 7 days")
+"""The check of `lock_timeout` and `statement_timeout`, which a script may set as well."""
 
 
 def _validate(settings: Config | LockingConfig, prefix: str) -> None:
@@ -160,6 +183,12 @@ class Config:
     `locking` also takes a mapping, which is merged with the defaults. `url` is checked and kept as
     given; it stays out of the `repr`, for it may hold a password.
 
+    `transaction` is "script" (one for each) or "batch" (one for the whole run). `out_of_order` says
+    what becomes of a script that is older than the newest applied one: "refuse" or "apply". A
+    script that waits longer than `lock_timeout` seconds for a lock is rolled back and tried again,
+    up to `lock_retries` times; one of its statements that takes longer than `statement_timeout`
+    seconds fails. Zero means no limit. A script's own setting wins over both.
+
     Raises `ConfigError`.
     """
 
@@ -167,6 +196,11 @@ class Config:
     table_name: str = field(metadata={"check": _table})
     locking: LockingConfig = field(metadata={"check": _locking})
     url: str | None = field(repr=False, metadata={"check": _url})
+    transaction: Literal["script", "batch"] = field(metadata={"check": _one_of("script", "batch")})
+    out_of_order: Literal["refuse", "apply"] = field(metadata={"check": _one_of("refuse", "apply")})
+    lock_timeout: float = field(metadata={"check": script_timeout})
+    lock_retries: int = field(metadata={"check": _whole_number(0, 100)})
+    statement_timeout: float = field(metadata={"check": script_timeout})
 
     # By hand, so that it can take more types than the fields then have.
     def __init__(
@@ -175,8 +209,23 @@ class Config:
         table_name: str = "schema_version",
         locking: LockingConfig | Mapping[str, Any] = _DEFAULT_LOCKING,
         url: str | None = None,
+        transaction: Literal["script", "batch"] = "script",
+        out_of_order: Literal["refuse", "apply"] = "refuse",
+        lock_timeout: float | str = 0.0,
+        lock_retries: int = 5,
+        statement_timeout: float | str = 0.0,
     ) -> None:
-        given = {"folder": folder, "table_name": table_name, "locking": locking, "url": url}
+        given = {
+            "folder": folder,
+            "table_name": table_name,
+            "locking": locking,
+            "url": url,
+            "transaction": transaction,
+            "out_of_order": out_of_order,
+            "lock_timeout": lock_timeout,
+            "lock_retries": lock_retries,
+            "statement_timeout": statement_timeout,
+        }
         for name, value in given.items():
             object.__setattr__(self, name, value)
         _validate(self, "")
@@ -201,8 +250,8 @@ def load_config(
 ) -> Config:
     """The settings from every source: arguments > environment > file > defaults.
 
-    `overrides` are `folder`, `table_name`, `url` and `locking`; a mapping is merged, a
-    `LockingConfig` replaces the whole table, None means not given. `file` (else `MSR_CONFIG`)
+    `overrides` are the fields of `Config`; for `locking` a mapping is merged, a `LockingConfig`
+    replaces the whole table. None means not given. `file` (else `MSR_CONFIG`)
     names the file, from `directory` on, and must then exist; otherwise `msr.toml`, or else
     `pyproject.toml`, is read from `directory` (the current one) if it is there. `environ` is
     `os.environ` unless given. A relative `folder` in a file is relative to that file.

@@ -8,6 +8,7 @@
     │   ├── DatabaseUnreachableError
     │   └── DatabaseBusyError    the database stayed locked by somebody else
     ├── MigrationError           a script failed and was rolled back: `.script`, `.line`
+    │   └── RollbackError        the way down of a script did
     └── LockError
         ├── LockHeldError        another holds the lock and the wait is over
         ├── LockLostError        the lock was ours and is not any more
@@ -41,6 +42,7 @@ __all__ = [
     "MigrationError",
     "MissingDriverError",
     "MsrError",
+    "RollbackError",
     "ValidationError",
 ]
 
@@ -112,12 +114,14 @@ class MigrationError(MsrError):
     """A script failed; its changes were rolled back.
 
     `script` is the path below the folder, `line` and `column` (from 1, or None where the database
-    does not tell) point into that file, `server_message` is the database's own sentence,
-    `sqlstate` its code, `hint` its advice. `rolled_back` is False where part of the script may
-    have been committed (outside a transaction, or by itself), and None where the connection broke
-    in the commit and its fate is unknown. `applied` names the scripts that this run had applied
-    before.
+    does not tell) point into that file, `source` is the line's text, `server_message` is the
+    database's own sentence, `sqlstate` its code, `hint` its advice. `rolled_back` is False where
+    part of the script may have been committed (outside a transaction, or by itself), and None where
+    the connection broke in the commit and its fate is unknown. `applied` names the scripts that
+    this run had applied before, `undone` those that ran in the same transaction.
     """
+
+    _done = "applied"
 
     def __init__(
         self,
@@ -128,6 +132,8 @@ class MigrationError(MsrError):
         column: int | None = None,
         sqlstate: str | None = None,
         hint: str | None = None,
+        source: str | None = None,
+        undone: Sequence[str] = (),
         rolled_back: bool | None = True,
         applied: Sequence[str] = (),
     ) -> None:
@@ -137,28 +143,39 @@ class MigrationError(MsrError):
         self.column = column
         self.sqlstate = sqlstate
         self.hint = hint
+        self.source = source
+        self.undone = tuple(undone)
         self.rolled_back = rolled_back
         self.applied = tuple(applied)
         super().__init__(server_message)
 
+    @property
+    def place_and_message(self) -> str:
+        """Where it failed, and the database's sentence."""
+        line = f", line {self.line}" if self.line else ""
+        column = f", column {self.column}" if self.column else ""
+        return f"{self.script}{line}{column}: {self.server_message}"
+
     def __str__(self) -> str:
-        place = ", ".join(
-            part
-            for part in (
-                self.script,
-                f"line {self.line}" if self.line else "",
-                f"column {self.column}" if self.column else "",
-            )
-            if part
-        )
         advice = f" ({self.hint.strip().rstrip('.')})" if self.hint else ""
+        others = ", ".join(self.undone)
         undone = {
-            True: "the script was rolled back",
+            True: "the script was rolled back" + (f" with {others}" if others else ""),
             False: "what the script had committed stays, so check it by hand",
             None: "whether it was committed is not known, so look with msr list",
         }[self.rolled_back]
-        before = f"applied before it: {', '.join(self.applied) or 'nothing'}"
-        return f"{place}: {self.server_message}{advice}; {undone}; {before}"
+        before = f"{self._done} before it: {', '.join(self.applied) or 'nothing'}"
+        return f"{self.place_and_message}{advice}; {undone}; {before}"
+
+
+class RollbackError(MigrationError):
+    """The way down of a script failed; what it had changed was rolled back.
+
+    The attributes are those of `MigrationError`; `applied` names the scripts that this run had
+    taken back before.
+    """
+
+    _done = "taken back"
 
 
 class LockError(MsrError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import getpass
-import logging
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import anyio.to_thread
 
 from msr.config import Config, LockingConfig, load_config
 from msr.errors import (
@@ -16,20 +18,17 @@ from msr.errors import (
     LockChangedError,
     ValidationError,
 )
-from msr.events import (
-    Event,
-    Listener,
-)
+from msr.events import Announcer, Listener
 from msr.handlers.base import DatabaseHandler
-from msr.locking import Lease, LockStatus, Owner
-from msr.plan import HistoryRow, ScriptStatus, describe
-from msr.results import MigrationResult
+from msr.locking import Lease, LockStatus, Owner, finish
+from msr.plan import MIGRATE, Goal, HistoryRow, ScriptStatus, describe, make_plan
+from msr.prepare import check_all
+from msr.results import MigrationResult, PlannedScript, ScriptChange
 from msr.runner import Run, load, required
+from msr.scripts import Problem, Script
 from msr.urls import parse_url
 
-__all__ = ["MigrationScriptExecutor", "migrate"]
-
-logger = logging.getLogger("msr")
+__all__ = ["MigrationScriptExecutor", "migrate", "validate"]
 
 
 class MigrationScriptExecutor:
@@ -72,36 +71,136 @@ class MigrationScriptExecutor:
         return cls(_handler(config.url), config, listeners=listeners)
 
     async def migrate(
-        self, *, wait: float | None = None, use_lock: bool | None = None
+        self,
+        target: int | None = None,
+        *,
+        steps: int | None = None,
+        out_of_order: bool | None = None,
+        single_transaction: bool | None = None,
+        wait: float | None = None,
+        use_lock: bool | None = None,
     ) -> MigrationResult:
         """Apply every pending script, each in a transaction with its history row, under the lock.
 
         With nothing pending this costs one connection and one query. While another process holds
         the lock this waits up to `wait` seconds (default: `config.locking.wait`), and returns
-        without the lock as soon as the other has applied everything. `use_lock=False` takes no
-        lock at all: for emergencies.
+        without the lock as soon as the other has applied everything. `target` is the last version
+        to apply, `steps` the number of scripts to apply at most; repeatable scripts run when no
+        other is left. `out_of_order` and `single_transaction` stand in for `config.out_of_order`
+        and `config.transaction`. `use_lock=False` takes no lock at all: for emergencies.
 
         Raises `ValidationError` before anything runs, `MigrationError` when a script fails,
         `LockHeldError`, `LockLostError`, `DatabaseError`, `MissingDriverError`, and `ConfigError`
-        for a folder or a connection that cannot be used. Every error that a run raises carries
-        what was done until then in `.result`.
+        for a folder, a connection or a target that cannot be used. Every error that a run raises
+        carries what was done until then in `.result`.
         """
-        if use_lock is None:
-            use_lock = self.config.locking.enabled
-        run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=use_lock)
-        return await run.migrate()
+        goal = self._migrate(target, steps, out_of_order)
+        async with self._run(goal, wait, use_lock, single_transaction) as run:
+            return await run.execute()
 
-    async def repair(self, version: int, *, applied: bool, wait: float | None = None) -> HistoryRow:
-        """Settle a script outside a transaction that was started and never finished.
+    async def down(
+        self,
+        target: int | None = None,
+        *,
+        steps: int | None = None,
+        single_transaction: bool | None = None,
+        wait: float | None = None,
+        use_lock: bool | None = None,
+    ) -> MigrationResult:
+        """Take back every script that is newer than version `target`, or the `steps` newest.
 
-        `applied=True` when all that it does has been done: it is recorded as applied. Otherwise it
-        is forgotten, so that the next run tries it again; an invalid index that it left is dropped.
-        Returns the row as it was found. `wait` is in seconds.
+        The newest goes first, each with its `.down.sql` or `down`, in a transaction with the
+        removal of its history row, under the lock. Version 0 takes back all
+        of them (but a script of that version). The
+        repeatable scripts run again at the next `migrate`, for what was taken back may have taken
+        their views along.
 
-        Raises `ConfigError` if the version is not unfinished; else what `migrate` raises.
+        Raises `ValidationError` before anything runs if a script has no way down, `RollbackError`
+        when one fails, and what `migrate` raises.
         """
-        run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=True)
-        return await run.repair(version, applied=applied)
+        goal = Goal("down", target=target, steps=_at_least_one(steps))
+        async with self._run(goal, wait, use_lock, single_transaction) as run:
+            return await run.execute()
+
+    async def plan_migrate(
+        self,
+        target: int | None = None,
+        *,
+        steps: int | None = None,
+        out_of_order: bool | None = None,
+        single_transaction: bool | None = None,
+    ) -> list[PlannedScript]:
+        """What `migrate` would run now. Takes no lock, writes and creates nothing.
+
+        Raises what `migrate` raises before anything runs.
+        """
+        goal = self._migrate(target, steps, out_of_order)
+        async with self._run(goal, None, None, single_transaction) as run:
+            return await run.look()
+
+    async def plan_down(
+        self,
+        target: int | None = None,
+        *,
+        steps: int | None = None,
+        single_transaction: bool | None = None,
+    ) -> list[PlannedScript]:
+        """What `down` would run now, as `plan_migrate`."""
+        goal = Goal("down", target=target, steps=_at_least_one(steps))
+        async with self._run(goal, None, None, single_transaction) as run:
+            return await run.look()
+
+    async def baseline(self, version: int, *, wait: float | None = None) -> bool:
+        """Record that everything up to `version` was there before msr came, under the lock.
+
+        Scripts up to that version then never run. False if just that is recorded already. Raises
+        `ConfigError` if the history holds anything else, and what `migrate` raises.
+        """
+        goal = Goal("baseline", target=version, by=_somebody())
+        async with self._run(goal, wait) as run:
+            await run.execute()
+            return bool(run.recorded)
+
+    async def find_changes(self) -> list[ScriptChange]:
+        """The scripts that were edited after they were applied, and what was edited.
+
+        Writes nothing. Raises `ConfigError`, `DatabaseError`.
+        """
+        scripts, _ = await load(self.config)
+        async with self.handler.connect(self.config) as session:
+            history = await session.read_history()
+            changed = {it.version for it in describe(scripts, history) if it.status == "changed"}
+            rows = {row.version: row for row in history}
+            changes = []
+            for script in (script for script in scripts if script.version in changed):
+                row = rows[script.version]
+                changes.append(_change(script, row, await session.read_text(row)))
+            return changes
+
+    async def repair(
+        self,
+        version: int | str,
+        *,
+        applied: bool | None = None,
+        checksum: str | None = None,
+        wait: float | None = None,
+    ) -> HistoryRow | None:
+        """Settle a script that keeps `migrate` from going on, under the lock, on record.
+
+        One that was started outside a transaction and failed, or never finished: `applied=True`
+        when all that it does has been done; it counts as applied. With False the next run tries it
+        again, and an invalid index that it left is dropped. One that was edited after it was
+        applied: `checksum`, the SHA-256 of its file as it is now (see `find_changes`), accepts
+        that edit and no other.
+
+        `version` of a repeatable script is its name. Returns the row as it was found, or None if
+        there was nothing left to do. `wait` is in seconds. Raises `ConfigError` if the script needs
+        no such repair; else what `migrate` raises.
+        """
+        goal = Goal("repair", key=version, applied=applied, checksum=checksum, by=_somebody())
+        async with self._run(goal, wait) as run:
+            await run.execute()
+            return run.recorded[0].replaces if run.recorded else None
 
     async def list(self) -> list[ScriptStatus]:
         """Every script and every history row by version, with its status. Writes nothing.
@@ -113,6 +212,18 @@ class MigrationScriptExecutor:
             raise ValidationError(problems)
         async with self.handler.connect(self.config) as session:
             return describe(scripts, await session.read_history())
+
+    async def validate(self) -> builtins.list[Problem]:
+        """Everything wrong with the scripts, and with them and the history. Writes nothing.
+
+        Raises `ConfigError` (no such folder), `DatabaseError`.
+        """
+        scripts, problems = await load(self.config)
+        found = await anyio.to_thread.run_sync(check_all, scripts, self.handler.dialect)
+        goal = self._migrate(None, None, None)
+        async with self.handler.connect(self.config) as session:
+            plan = make_plan(scripts, await session.read_history(), goal)
+        return [*problems, *found, *plan.problems]
 
     async def get_lock_status(self) -> LockStatus | None:
         """The lock as it is now; None where the handler has no locking service.
@@ -148,7 +259,7 @@ class MigrationScriptExecutor:
                 return None
             if token is None:
                 token = status.token
-            by = f"{_user()}@{Owner.new().hostname}"
+            by = _somebody()
             if not await locking.force_release(token, by=by, reason=reason, terminate=terminate):
                 raise LockChangedError
             return status
@@ -165,22 +276,65 @@ class MigrationScriptExecutor:
         Raises `LockHeldError` when `wait` seconds are over, `LockLostError` on leaving if the lock
         was lost meanwhile, `LockError` where the handler has no locking service.
         """
-        run = Run(self.handler, self.config, self._tell, wait=self._wait(wait), use_lock=True)
-        async with self.handler.connect(self.config) as session:
+        async with (
+            self._run(MIGRATE, wait, True) as run,
+            self.handler.connect(self.config) as session,
+        ):
             required(session.locking)
             async with run.locked(session, running) as lease:
                 assert lease is not None, "only a run with done= may end without the lock"
                 yield lease
 
-    def _wait(self, wait: float | None) -> float:
-        return self.config.locking.wait if wait is None else LockingConfig(wait=wait).wait
+    @asynccontextmanager
+    async def _run(
+        self,
+        goal: Goal,
+        wait: float | None,
+        use_lock: bool | None = True,
+        single_transaction: bool | None = None,
+    ) -> AsyncIterator[Run]:
+        """A run, whose listeners have heard everything when it is over."""
+        announcer = Announcer(self.listeners)
+        locking, batch = self.config.locking, self.config.transaction == "batch"
+        try:
+            yield Run(
+                self.handler,
+                self.config,
+                announcer.tell,
+                wait=locking.wait if wait is None else LockingConfig(wait=wait).wait,
+                use_lock=locking.enabled if use_lock is None else use_lock,
+                goal=goal,
+                batch=batch if single_transaction is None else single_transaction,
+            )
+        finally:
+            await finish(announcer.finish())
 
-    def _tell(self, event: Event) -> None:
-        for listener in self.listeners:
-            try:
-                listener(event)
-            except Exception:
-                logger.exception("a listener failed on %s", type(event).__name__)
+    def _migrate(self, target: int | None, steps: int | None, out_of_order: bool | None) -> Goal:
+        if out_of_order is None:
+            out_of_order = self.config.out_of_order == "apply"
+        return Goal("migrate", target, _at_least_one(steps), out_of_order)
+
+
+def _at_least_one(steps: int | None) -> int | None:
+    if steps is not None and steps < 1:
+        raise ConfigError("must be 1 or more", key="steps")
+    return steps
+
+
+def _somebody() -> str:
+    return f"{_user()}@{Owner.new().hostname}"
+
+
+def _change(script: Script, row: HistoryRow, before: str | None) -> ScriptChange:
+    difference = None
+    if before is not None:
+        import difflib  # only an edited script needs it
+
+        lines = (before.splitlines(), script.text.splitlines())
+        names = (f"{script.label} (as applied)", f"{script.label} (now)")
+        difference = tuple(difflib.unified_diff(*lines, *names, lineterm=""))
+    assert script.version is not None, "a repeatable script is run again instead"
+    return ScriptChange(script.version, script.label, row.checksum, script.checksum, difference)
 
 
 def _user() -> str:
@@ -188,6 +342,17 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container with a user id and no name for it
         return f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown"
+
+
+async def validate(
+    config: Config, dialect: Literal["postgresql", "sqlite"] | None = None
+) -> list[Problem]:
+    """Everything wrong with the scripts of `config.folder`, without a database.
+
+    Without a `dialect`, SQL is wrong where every dialect says so. Raises `ConfigError`.
+    """
+    scripts, problems = await load(config)
+    return [*problems, *await anyio.to_thread.run_sync(check_all, scripts, dialect)]
 
 
 async def migrate(

@@ -161,6 +161,9 @@ class Lease:
     """True while the database has no connection to spare for the heartbeat. Then the lease may run
     out under a long script; whoever takes it over ends our session first, and the fence holds."""
 
+    released: bool = field(default=False, repr=False)
+    """True once it is known to have been given back."""
+
     def trust(self, sent: float) -> None:
         """The database confirmed the lease in answer to a request sent at monotonic `sent`."""
         self.trusted_until = sent + self.timeout - min(self.timeout / 10, 5.0)
@@ -199,7 +202,10 @@ class LockingService(Protocol):
         ...
 
     async def renew(self, lease: Lease) -> bool:
-        """Move the expiry to now + timeout and publish `lease.running`. False: not ours."""
+        """Move the expiry to now + timeout and publish `lease.running`. False: not ours.
+
+        While `lease.secured`, nobody can have taken the lock, and publishing is all there is to do.
+        """
         ...
 
     async def release(self, lease: Lease) -> bool:
@@ -280,6 +286,7 @@ async def hold(
     finally:
         if ours:
             released = await finish(_release(service, connect, lease))
+            lease.released = bool(released)
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
     if loss is not None:
@@ -454,9 +461,7 @@ async def _beat(service: LockingService, lease: Lease) -> None:
     published: str | None = None
     due = 0.0
     while True:
-        if lease.secured:
-            lease.trust(time.monotonic())
-        elif time.monotonic() >= due or published != lease.running:
+        if time.monotonic() >= due or published != lease.running:
             published, due = lease.running, time.monotonic() + lease.interval
             with _answered_within(max(lease.interval, 1)):
                 await renew(service, lease)

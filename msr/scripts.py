@@ -1,10 +1,12 @@
-"""A folder of migration scripts: finding, naming, reading and checking them.
+"""A folder of migration scripts: finding, naming and reading them.
 
     V<version>_<name>.sql                         one way
     V<version>_<name>.up.sql  (and .down.sql)     there and back
     V<version>_<name>.py                          async def up(db), and maybe down(db)
+    R_<name>.sql or .py                           repeatable: run again whenever it has changed
 
 The version is a number of up to 18 digits and alone gives the order, whatever the sub-folder.
+Repeatable scripts come after the versioned ones, in the order of their names.
 What looks like a script and is not named like one is a problem, not something to pass over.
 Hidden files and folders, and folders that start with an underscore, are passed over.
 
@@ -14,35 +16,23 @@ Everything here reads files and blocks: in an event loop, call it from a worker 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import re
 import stat
-import sys
-import traceback
-import types
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from msr.errors import ConfigError
-from msr.sql import Dialect, check_statements, is_transactional
 
-__all__ = [
-    "PreparedScript",
-    "Problem",
-    "PythonScript",
-    "Script",
-    "load_python",
-    "load_scripts",
-    "prepare_script",
-]
+__all__ = ["Problem", "Script", "load_scripts", "read_script", "walk"]
 
 _NAME = re.compile(
     r"V(?P<version>[0-9]{1,18})_+(?P<name>[^_.].*?)(?P<suffix>\.up\.sql|\.down\.sql|\.sql|\.py)"
+    r"|R_+(?P<repeatable>(?!\d+\.)[^_.].*?)(?P<ending>(?<!\.up)(?<!\.down)\.sql|\.py)"
 )
-_LOOKS_LIKE_SCRIPT = re.compile(r".*\.sql|v?[0-9].*\.py", re.IGNORECASE | re.DOTALL)
+_LOOKS_LIKE_SCRIPT = re.compile(r"(?i:.*\.sql|v?[0-9].*\.py)|R_.*\.py", re.DOTALL)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -66,14 +56,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A migration on disk.
+    """A migration on disk. `version` is None for a repeatable one.
 
     `label` is the path below the folder with forward slashes. `text` has line feeds only and no
     byte order mark, so a checkout on Windows gives the same `checksum`: the SHA-256, in hex, of
     that text. Both are empty where the file could not be read, which a `Problem` then says.
     """
 
-    version: int
+    version: int | None
     name: str
     path: Path
     label: str
@@ -82,27 +72,10 @@ class Script:
     text: str
     down_path: Path | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class PythonScript:
-    """What a Python script defines; `up` and `down` take the driver's own connection."""
-
-    up: Callable[[Any], Coroutine[Any, Any, object]]
-    down: Callable[[Any], Coroutine[Any, Any, object]] | None
-    transaction: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedScript:
-    """A pending script, ready to run unless it has `problems`.
-
-    `transaction` is False for a script that opted out of it. `up` is the function of a Python
-    script and None for SQL, whose text is what runs.
-    """
-
-    transaction: bool
-    up: Callable[[Any], Coroutine[Any, Any, object]] | None = None
-    problems: tuple[Problem, ...] = ()
+    @property
+    def key(self) -> int | str:
+        """What names it in the history: the version or, of a repeatable one, the name."""
+        return self.name if self.version is None else self.version
 
 
 def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
@@ -118,7 +91,7 @@ def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
         raise ConfigError(f"{folder} {what}: name the folder with the scripts", key="folder")
     scripts: list[Script] = []
     problems: list[Problem] = []
-    files = {path.relative_to(folder).as_posix(): path for path in _walk(folder, problems)}
+    files = {path.relative_to(folder).as_posix(): path for path in walk(folder, problems)}
     for label, path in sorted(files.items()):
         match = _NAME.fullmatch(path.name)
         if match is None or not label.isprintable():
@@ -128,15 +101,16 @@ def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
                 message = "has no .up.sql script of the same name beside it: add or rename that one"
                 problems.append(Problem("down-without-up", label, message))
         else:
-            checksum, text, problem = _read(path, label)
-            down = f"{label.removesuffix('.up.sql')}.down.sql" if ".up" in match["suffix"] else ""
+            checksum, text, problem = read_script(path, label)
+            there_and_back = match["suffix"] == ".up.sql"
+            down = f"{label.removesuffix('.up.sql')}.down.sql" if there_and_back else ""
             scripts.append(
                 Script(
-                    version=int(match["version"]),
-                    name=match["name"],
+                    version=int(match["version"]) if match["version"] else None,
+                    name=match["name"] or match["repeatable"],
                     path=path,
                     label=label,
-                    kind="python" if match["suffix"] == ".py" else "sql",
+                    kind="python" if path.suffix == ".py" else "sql",
                     checksum=checksum,
                     text=text,
                     down_path=files.get(down),
@@ -147,82 +121,11 @@ def load_scripts(folder: Path) -> tuple[list[Script], list[Problem]]:
         raise ConfigError(
             f"{folder} holds no script: name one like V1_create_users.sql", key="folder"
         )
-    scripts.sort(key=lambda script: script.version)
+    scripts.sort(key=lambda script: (script.version is None, script.version or 0, script.name))
     return scripts, problems + list(_duplicates(scripts))
 
 
-def prepare_script(script: Script, dialect: Dialect) -> PreparedScript:
-    """Check and load a pending script, as far as that goes without a database."""
-    if script.kind == "python":
-        loaded = load_python(script)
-        if isinstance(loaded, PythonScript):
-            return PreparedScript(loaded.transaction, loaded.up)
-        return PreparedScript(transaction=True, problems=tuple(loaded))
-    problems = (
-        Problem(rule, script.label, message, line)
-        for rule, line, message in check_statements(script.text, dialect)
-    )
-    return PreparedScript(is_transactional(script.text), problems=tuple(problems))
-
-
-def load_python(script: Script) -> PythonScript | list[Problem]:
-    """Execute a Python script's module: what it defines, or what is wrong with it.
-
-    Only for scripts that are pending. An applied one is never imported: years later its imports
-    may be gone, and nothing of it is needed. The text that was read is what runs, so the code
-    and the recorded checksum agree even if the file changes meanwhile.
-    """
-    file = str(script.path)
-    try:
-        code = compile(script.text, file, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:  # ValueError: a null byte, before Python 3.11.4
-        line = error.lineno if isinstance(error, SyntaxError) else None
-        what = error.msg if isinstance(error, SyntaxError) else str(error)
-        return [Problem("python-syntax", script.label, f"not valid Python: {what}", line)]
-    module = types.ModuleType(f"msr_script_{script.path.stem}")
-    module.__file__ = file
-    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up there
-    try:
-        exec(code, module.__dict__)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module.__name__]
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == file), None)
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        message = f"cannot be imported, {what}"
-        return [Problem("python-import", script.label, message, line)]
-    return _inspect(module, script.label)
-
-
-def _inspect(module: types.ModuleType, label: str) -> PythonScript | list[Problem]:
-    up, down = (getattr(module, name, None) for name in ("up", "down"))
-    transaction = getattr(module, "transaction", True)
-    problems = []
-    if not _takes_connection(up):
-        what = "has no" if up is None else "its 'up' is not a plain"
-        problems.append(Problem("python-up", label, f"{what} 'async def up(db)': define it so"))
-    if down is not None and not _takes_connection(down):
-        message = "its 'down' is not a plain 'async def down(db)': define it so"
-        problems.append(Problem("python-down", label, message))
-    if not isinstance(transaction, bool):
-        message = f"'transaction' is {transaction!r}: make it True or False"
-        problems.append(Problem("python-transaction", label, message))
-    if problems or up is None:
-        return problems
-    return PythonScript(up, down, transaction)
-
-
-def _takes_connection(function: object) -> bool:
-    if not inspect.iscoroutinefunction(function):
-        return False
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    return True
-
-
-def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
+def walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
     """Every file that looks like a script; linked folders are followed, each folder once."""
 
     def unreadable(error: OSError) -> None:
@@ -243,7 +146,7 @@ def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def _read(path: Path, label: str) -> tuple[str, str, Problem | None]:
+def read_script(path: Path, label: str) -> tuple[str, str, Problem | None]:
     """Checksum, text and, with both empty, what kept the file from being read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a named pipe would wait for ever
@@ -265,7 +168,8 @@ def _bad_name(label: str) -> Problem:
         "bad-name",
         label if label.isprintable() else ascii(label)[1:-1],
         "is not named like a script, V<version>_<name> with .sql, .up.sql, .down.sql or .py and "
-        "a version of 1 to 18 digits: rename it, or move it into a folder that starts with '_'",
+        "a version of 1 to 18 digits, or R_<name>, no number, with .sql or .py: rename it, or move "
+        "it into a folder that starts with '_'",
     )
 
 
@@ -275,9 +179,10 @@ def _unreadable(label: str, error: OSError) -> Problem:
 
 
 def _duplicates(scripts: list[Script]) -> Iterator[Problem]:
-    first: dict[int, Script] = {}
+    first: dict[int | str, Script] = {}
     for script in scripts:
-        other = first.setdefault(script.version, script)
+        other = first.setdefault(script.key, script)
         if other is not script:
-            message = f"has the same version as {other.label}: give one of them another"
-            yield Problem("duplicate-version", script.label, message)
+            what = "name" if script.version is None else "version"
+            message = f"has the same {what} as {other.label}: give one of them another"
+            yield Problem(f"duplicate-{what}", script.label, message)

@@ -23,7 +23,6 @@ __all__ = [
     "Statement",
     "check_statements",
     "find_directives",
-    "is_transactional",
     "line_and_column",
     "split_postgres",
     "split_sqlite",
@@ -80,8 +79,7 @@ _TRIGGER = re.compile(r"CREATE (?:TEMP |TEMPORARY )?TRIGGER\b")
 
 _HEADER = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+", re.DOTALL)
 _DIRECTIVE = re.compile(r"^[^\S\n]*--[^\S\n]*msr:(.*)$", re.MULTILINE | re.IGNORECASE)
-_NO_TRANSACTION = "no-transaction"
-_OPT_OUT = f"start the script with the line '-- msr: {_NO_TRANSACTION}'"
+_OPT_OUT = "start the script with the line '-- msr: no-transaction'"
 
 _CONTROL = re.compile(
     r"BEGIN\b|START TRANSACTION\b|COMMIT\b|END\b|ABORT\b|PREPARE TRANSACTION\b"
@@ -114,24 +112,17 @@ def find_directives(script: str) -> list[tuple[int, str]]:
     ]
 
 
-def is_transactional(script: str) -> bool:
-    """Whether an SQL script runs inside a transaction: unless it says `-- msr: no-transaction`."""
-    return all(directive != _NO_TRANSACTION for _, directive in find_directives(script))
+def check_statements(script: str, dialect: Dialect, *, transaction: bool = True) -> list[Finding]:
+    """What can be known to be wrong with an SQL script without a database, in its order.
 
-
-def check_statements(script: str, dialect: Dialect) -> list[Finding]:
-    """What can be known to be wrong with an SQL script without a database, in its order."""
+    `transaction`: whether it is to run inside one.
+    """
     found: list[Finding] = []
-    for line, directive in find_directives(script):
-        if directive != _NO_TRANSACTION:
-            way_out = f"the only one is '-- msr: {_NO_TRANSACTION}'"
-            found.append(("unknown-directive", line, f"unknown directive {directive!r}: {way_out}"))
     statements = _split(script, dialect)
     if not statements:
         found.append(("empty", None, "contains no statement: write one, or remove the file"))
-    transactional = is_transactional(script)
     for statement in statements:
-        if transactional:
+        if transaction:
             found += _check_transaction(statement)
         client = list(_check_client(statement, dialect))
         found += client

@@ -6,7 +6,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,9 +18,16 @@ __all__ = [
     "ExecutorPath",
     "Folder",
     "Json",
+    "NoLock",
+    "NoWait",
+    "Quiet",
     "Source",
     "Url",
+    "Verbose",
+    "Wait",
+    "config_from",
     "executor_from",
+    "wait_from",
 ]
 
 Url = Annotated[
@@ -52,7 +59,33 @@ ExecutorPath = Annotated[
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and warnings, and what was asked for.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what happens.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Wait = Annotated[
+    float | None,
+    typer.Option(
+        "--wait", metavar="SECONDS", min=0, show_default=False,
+        help="How long to wait while another holds the lock; default locking.wait, 300.",
+    ),
+]  # fmt: skip
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Do not wait at all: exit 8 if the lock is held.")
+]
+NoLock = Annotated[
+    bool, typer.Option("--no-lock", help="Take no lock at all. For emergencies only.")
+]
+
+
+def wait_from(wait: float | None, no_wait: bool, no_lock: bool = False) -> float | None:
+    """Seconds to wait, None for the configured ones. Raises `msr.ConfigError`."""
+    if no_wait and wait is not None:
+        raise msr.ConfigError("contradicts --wait", source="--no-wait")
+    if no_lock and (no_wait or wait is not None):
+        raise msr.ConfigError("takes no lock, so there is nothing to wait for", source="--no-lock")
+    return 0 if no_wait else wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +96,18 @@ class Source:
     folder: str | None
     config: str | None
     executor: str | None
+
+
+def config_from(source: Source) -> tuple[msr.Config, Literal["postgresql", "sqlite"] | None]:
+    """The settings, where a URL is not needed, and what the URL's database speaks if there is one.
+
+    Raises `msr.ConfigError`.
+    """
+    file = None if source.config is None else Path(source.config)
+    config = msr.load_config(file=file, url=source.url, folder=source.folder)
+    if config.url is None:
+        return config, None
+    return config, msr.MigrationScriptExecutor.from_url(config.url).handler.dialect
 
 
 def executor_from(source: Source, *listeners: msr.Listener) -> msr.MigrationScriptExecutor:

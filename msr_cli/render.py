@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,46 @@ from typing import Any
 import msr
 
 __all__ = [
+    "ACCEPT",
     "FORCE_REQUIRED",
+    "FORMAT",
     "NOTHING_TO_RELEASE",
     "NOT_CONFIGURED",
     "PROMPT",
     "RELEASED",
-    "Progress",
+    "Table",
     "as_json",
+    "count",
+    "difference",
+    "document",
+    "duration",
     "error_as_json",
+    "excerpt",
+    "finished",
     "lock_status",
     "migration_result",
     "one_line",
+    "plan_table",
+    "plan_text",
+    "planned",
     "release_warning",
-    "script_list",
+    "retried",
+    "script_progress",
+    "script_table",
+    "waiting",
 ]
 
 FORCE_REQUIRED = "--force flag is required for safety"
 NOTHING_TO_RELEASE = "✓ No lock to release\nThe lock is already released or was never acquired."
 RELEASED = "✓ Lock forcibly released\nYou can now run migrations again."
 PROMPT = "Are you sure you want to release this lock? (y/N): "
+ACCEPT = "Are these edits to be accepted as applied? They are recorded, not run. (y/N): "
 NOT_CONFIGURED = (
     "Lock Status: NOT CONFIGURED\n"
     "Locking service is not available in your database handler.\n"
     "See documentation for implementing LockingService."
 )
 RULE = "─" * 54
-
-TELL_WAITING_EVERY = 10.0
-"""Seconds between two lines about the same holder."""
 
 
 def lock_status(status: msr.LockStatus | None) -> str:
@@ -124,66 +135,140 @@ def release_warning(status: msr.LockStatus) -> str:
     )
 
 
-def script_list(rows: Sequence[msr.ScriptStatus]) -> str:
-    """A line per script, and a line that counts them."""
-    table = [("Version", "Status", "Applied at", "Duration", "Script")]
-    for row in rows:
-        duration = "" if row.duration is None else _duration(row.duration)
-        at = "" if row.started_at is None else _time(row.started_at)
-        table.append((str(row.version), row.status, at, duration, row.file or f"({row.name})"))
-    widths = [max(len(line[column]) for line in table) for column in range(4)]
-    lines = [
-        "  ".join(
-            [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]
-        )
-        for line in table
-    ]
+Table = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Headers, rows of as many cells, and a line below."""
+
+
+def script_table(
+    rows: Sequence[msr.ScriptStatus], shown: Sequence[msr.ScriptStatus], verbose: bool = False
+) -> Table:
+    """A row for each script `shown`, and a line that counts them all."""
+    headers = ["Version", "Status", "Applied at", "Duration", "Script", "By"]
+    if verbose:
+        headers += ["Token", "Note"]
+    cells = []
+    for row in shown:
+        line = [
+            "R" if row.version is None else str(row.version),
+            row.status,
+            "" if row.started_at is None else _time(row.started_at),
+            "" if row.duration is None else duration(row.duration),
+            row.file or f"({row.name})",
+            _who(row),
+        ]
+        if verbose:
+            noted = "" if row.noted_at is None else f"{_time(row.noted_at)}: "
+            line += [str(row.token or ""), f"{noted}{' '.join((row.note or '').split())}"]
+        cells.append(line)
     counts: dict[str, int] = {}
     for row in rows:
         counts[row.status] = counts.get(row.status, 0) + 1
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return "\n".join([*lines, "", f"{_count(len(rows))}: {summary}"])
+    summary = ", ".join(f"{number} {status}" for status, number in counts.items())
+    hidden = len(rows) - len(shown)
+    more = f" ({hidden} older not shown)" if hidden else ""
+    return headers, cells, f"{count(len(rows))}: {summary}{more}"
 
 
-def migration_result(result: msr.MigrationResult) -> str:
-    """The last line of a successful `migrate`."""
+def _who(row: msr.ScriptStatus) -> str:
+    """The host, without the process and the uuid behind it, and the role."""
+    host = re.sub(r"-[0-9]+-[0-9a-f-]{36}$", "", row.executed_by or "")
+    return "@".join(part for part in (row.database_user, host) if part)
+
+
+def plan_table(scripts: Sequence[msr.PlannedScript]) -> Table:
+    """What a run would do, a row for each script."""
+    rows = [
+        (
+            str(number),
+            script.action,
+            "R" if script.version is None else str(script.version),
+            script.script,
+            "yes" if script.transaction else "no",
+        )
+        for number, script in enumerate(scripts, 1)
+    ]
+    summary = f"{count(len(scripts))} would run; nothing was changed"
+    return ("", "Action", "Version", "Script", "Transaction"), rows, summary
+
+
+def plan_text(scripts: Sequence[msr.PlannedScript]) -> str:
+    """What a run would do, as SQL; of a Python script its source, as a comment."""
+    parts = []
+    for script in scripts:
+        outside = "" if script.transaction else ", outside a transaction"
+        text = script.text.rstrip()
+        if script.kind == "python":
+            text = "\n".join(f"-- {line}".rstrip() for line in text.splitlines())
+        parts.append(f"-- {script.action} {script.script}{outside}\n{text}\n")
+    return "\n".join(parts) if parts else "-- nothing to do"
+
+
+def planned(script: msr.PlannedScript, *, with_text: bool) -> dict[str, object]:
+    known = document(script)
+    return known if with_text else {name: known[name] for name in known if name != "text"}
+
+
+def difference(change: msr.ScriptChange) -> str:
+    """What was edited, as far as the history kept the script's text."""
+    if change.difference is not None:
+        return "\n".join(("", *(_visible(line) for line in change.difference)))
+    return (
+        f"\n{change.script}: the history did not keep its text\n"
+        f"  as applied: SHA-256 {change.before}\n"
+        f"  now:        SHA-256 {change.checksum}"
+    )
+
+
+def migration_result(result: msr.MigrationResult, command: str = "migrate") -> str:
+    """The last line of a successful run."""
+    done = "applied" if command == "migrate" else "rolled back"
     if result.executed:
         meanwhile = result.pending_before - len(result.executed)
-        others = f", {meanwhile} applied by another process meanwhile" if meanwhile else ""
-        return f"✓ {_count(len(result.executed))} applied in {_duration(result.duration)}{others}"
+        others = f", {meanwhile} {done} by another process meanwhile" if meanwhile > 0 else ""
+        return f"✓ {count(len(result.executed))} {done} in {duration(result.duration)}{others}"
     if result.followed:
-        return f"✓ Nothing left to do: another process applied {_count(result.pending_before)}"
-    return f"✓ Nothing to do: {_count(result.applied_before)} applied already"
+        return f"✓ Nothing left to do: another process {done} {count(result.pending_before)}"
+    return f"✓ Nothing to do: {count(result.applied_before)} applied already"
 
 
-class Progress:
-    """A listener that turns events into lines: scripts on `out`, waiting on `err`."""
+def waiting(status: msr.LockStatus) -> str:
+    """Whom a run waits for."""
+    line = "Waiting for the migration lock, which is about to be free"
+    if status.is_locked:
+        doing = f", running {status.running}" if status.running else ""
+        line = f"Waiting for the migration lock, held by {status.locked_by}{doing}"
+    return f"{line}; {status.obstacle}" if status.obstacle else line
 
-    def __init__(self, out: Any, err: Any) -> None:
-        self.applied: list[str] = []
-        self._out = out
-        self._err = err
-        self._told: tuple[object, float] | None = None
 
-    def __call__(self, event: msr.Event) -> None:
-        if isinstance(event, msr.ScriptApplied):
-            self.applied.append(event.script)
-            self._out(f"Applied {event.script} ({_duration(event.duration)})")
-        elif isinstance(event, msr.WaitingForLock):
-            self._waiting(event.status)
+def finished(event: msr.ScriptFinished) -> str:
+    done = "Applied" if event.action == "apply" else "Rolled back"
+    return f"{done} {event.script} ({duration(event.duration)})"
 
-    def _waiting(self, status: msr.LockStatus) -> None:
-        news = (status.locked_by, status.running, status.obstacle)
-        now = time.monotonic()
-        if self._told and self._told[0] == news and now - self._told[1] < TELL_WAITING_EVERY:
-            return
-        self._told = (news, now)
-        if status.is_locked:
-            doing = f", running {status.running}" if status.running else ""
-            line = f"Waiting for the migration lock, held by {status.locked_by}{doing}"
-        else:
-            line = "Waiting for the migration lock, which is about to be free"
-        self._err(f"{line}; {status.obstacle}" if status.obstacle else line)
+
+def retried(event: msr.ScriptRetried) -> str:
+    return f"Trying {event.script} again in {duration(event.pause)}: {event.reason}"
+
+
+def script_progress(event: msr.ScriptProgress) -> str:
+    of = "" if event.of is None else f" of {event.of:g}"
+    return f"{event.script}: {event.done:g}{of} {' '.join(event.note.split())}".rstrip()
+
+
+def excerpt(error: msr.MigrationError) -> str:
+    """The line of the script that failed, with a caret under the column where that is known."""
+    source, column = error.source or "", error.column or 1
+    gutter = f"  {error.line} | "
+    start = max(0, column - 80) if len(source) > 120 else 0
+    line = _visible(source[start : start + 120])
+    if error.column is None:
+        return f"{gutter}{line}"
+    indent = re.sub(r"[^\t]", " ", line[: column - 1 - start])
+    return f"{gutter}{line}\n{' ' * (len(gutter) - 2)}| {indent}^"
+
+
+def _visible(text: str) -> str:
+    """Somebody's text without what would move the terminal's cursor."""
+    return "".join(char if char.isprintable() or char == "\t" else "?" for char in text)
 
 
 def one_line(error: BaseException) -> str:
@@ -198,11 +283,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def as_json(value: object) -> str:
+FORMAT = 1
+"""The version of the JSON documents, in each of them as `format`; their schema is beside us."""
+
+
+def as_json(contents: Mapping[str, object]) -> str:
     """One JSON document; times as in the text output, durations in seconds."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    return json.dumps(value, default=_plain, ensure_ascii=False)
+    return json.dumps({"format": FORMAT, **contents}, default=_plain, ensure_ascii=False)
+
+
+def document(value: Any) -> dict[str, object]:
+    """What a dataclass knows."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def error_as_json(error: BaseException) -> str:
@@ -212,12 +304,12 @@ def error_as_json(error: BaseException) -> str:
         for key, value in vars(error).items()
         if not key.startswith("_") and key not in ("result", "args")
     }
-    document: dict[str, object] = {
-        "error": {"type": type(error).__name__, "message": one_line(error), **known}
+    contents: dict[str, object] = {
+        "error": {**known, "type": type(error).__name__, "message": one_line(error)}
     }
     if (result := getattr(error, "result", None)) is not None:
-        document["result"] = result
-    return as_json(document)
+        contents["result"] = result
+    return as_json(contents)
 
 
 def _plain(value: object) -> object:
@@ -225,8 +317,8 @@ def _plain(value: object) -> object:
         return _time(value)
     if isinstance(value, Path):
         return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if is_dataclass(value):
+        return document(value)
     return str(value)
 
 
@@ -242,9 +334,9 @@ def _ago(now: datetime | None, then: datetime | None) -> str:
     return str(timedelta(seconds=max(0, round((now - then).total_seconds()))))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def _count(scripts: int) -> str:
+def count(scripts: int) -> str:
     return "1 script" if scripts == 1 else f"{scripts} scripts"

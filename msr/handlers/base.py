@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,9 @@ from msr.locking import Lease, LockingService
 from msr.plan import HistoryRow
 
 __all__ = [
+    "NO_LIMITS",
     "DatabaseHandler",
+    "Limits",
     "Session",
     "StatementError",
     "foreign_table",
@@ -48,6 +50,17 @@ class StatementError(Exception):
         super().__init__(message)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a script may wait for a lock, and take for a statement: seconds, zero for ever."""
+
+    lock_timeout: float = 0.0
+    statement_timeout: float = 0.0
+
+
+NO_LIMITS = Limits()
+
+
 class Session(Protocol):
     """One database connection, for one run. Not for use by two tasks at once."""
 
@@ -72,8 +85,22 @@ class Session(Protocol):
         """Raise `ConfigError` if this connection cannot run scripts outside a transaction."""
         ...
 
-    def transaction(self, lease: Lease | None) -> AbstractAsyncContextManager[None]:
-        """A transaction: commits on leaving, rolls back on any exception, within bounded time."""
+    def transaction(
+        self, lease: Lease | None, lock_timeout: float = 0.0
+    ) -> AbstractAsyncContextManager[None]:
+        """A transaction: commits on leaving, rolls back on any exception, within bounded time.
+
+        Where it must wait for another session to begin at all, it does so for `lock_timeout`
+        seconds, then raises `DatabaseBusyError`; zero leaves that to the handler.
+        """
+        ...
+
+    def limited(self, limits: Limits) -> AbstractAsyncContextManager[None]:
+        """Bound what a script does in the body; not what comes after it in the same transaction.
+
+        Whoever waits longer than `limits.lock_timeout` for another session gets an error with the
+        sqlstate 55P03.
+        """
         ...
 
     async def resolve_commit(self) -> bool | None:
@@ -87,13 +114,28 @@ class Session(Protocol):
         """Run every statement of an SQL script. Raises `StatementError`."""
         ...
 
-    async def record(self, row: HistoryRow, lease: Lease | None) -> None:
-        """Write the history row, inside a transaction, as its last statement.
+    async def record(
+        self,
+        row: HistoryRow | None,
+        lease: Lease | None,
+        *,
+        replaces: HistoryRow | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Write a row of the history, inside a transaction, as its last statement.
 
-        This is the fence: with a lease, the row is written only if the lease's (token, locked_by)
-        is the current one and stays so until the commit; otherwise raises `LockLostError`. A row
-        "started" by the same lease becomes "applied". `started_at` is the database's to fill in.
+        `row` comes instead of `replaces`; without a row, that is removed. `text` is the script's,
+        for `read_text`. Times that are None are the database's to fill in; so is the user. The row
+        of a script that was started keeps its `started_at`.
+
+        This is the fence: with a lease, the change is made only if the lease's (token, locked_by)
+        is the current one and stays so until the commit. Raises `LockLostError` if it is not, or
+        if the history does not hold `replaces`, or already holds a row for the script.
         """
+        ...
+
+    async def read_text(self, row: HistoryRow) -> str | None:
+        """The script's text as it was recorded with this row; None where it was not kept."""
         ...
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
@@ -102,10 +144,6 @@ class Session(Protocol):
 
     async def drop_leftover(self, leftover: str) -> None:
         """Remove what `find_leftovers` named."""
-        ...
-
-    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
-        """Turn a "started" row into an "applied" one, or remove it; fenced like `record`."""
         ...
 
 
@@ -126,9 +164,12 @@ _COLUMNS = tuple(field.name for field in fields(HistoryRow))
 
 
 def history_row(values: Sequence[Any]) -> HistoryRow:
-    """A row of the history from its columns, in the order of the class, the time as ISO text."""
+    """A row of the history from its columns, in the order of the class, times as ISO text."""
     columns = dict(zip(_COLUMNS, values, strict=True))
-    return HistoryRow(**{**columns, "started_at": datetime.fromisoformat(columns["started_at"])})
+    for name in ("started_at", "noted_at"):
+        if columns[name] is not None:
+            columns[name] = datetime.fromisoformat(columns[name])
+    return HistoryRow(**columns)
 
 
 def foreign_table(config: Config, sentence: str) -> DatabaseError:

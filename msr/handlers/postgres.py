@@ -23,7 +23,9 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from dataclasses import asdict
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -37,7 +39,13 @@ from msr.errors import (
     MissingDriverError,
     MsrError,
 )
-from msr.handlers.base import StatementError, foreign_table, history_row, quoted_names
+from msr.handlers.base import (
+    Limits,
+    StatementError,
+    foreign_table,
+    history_row,
+    quoted_names,
+)
 from msr.handlers.postgres_lock import PostgresLocking
 from msr.locking import Lease
 from msr.plan import HistoryRow
@@ -71,9 +79,11 @@ WATCH_CLIENT_AGAIN = "SET client_connection_check_interval = 500; SET idle_sessi
 
 RESET = "RESET ALL; RESET ROLE"
 
+# Versions are unique, and so are the names of those without one. An index could say the second too,
+# but CREATE INDEX waits for every transaction that writes, before it looks whether it is there.
 CREATE_HISTORY = """
 CREATE TABLE IF NOT EXISTS {history} (
-    version bigint PRIMARY KEY,
+    version bigint UNIQUE,
     name text NOT NULL,
     checksum text NOT NULL,
     status text NOT NULL,
@@ -81,46 +91,85 @@ CREATE TABLE IF NOT EXISTS {history} (
     duration double precision,
     executed_by text,
     database_user text,
-    token bigint
+    token bigint,
+    note text,
+    noted_at timestamptz,
+    script text,
+    EXCLUDE USING btree (name WITH =) WHERE (version IS NULL)
 );
 """
 
 READ_HISTORY = """
 SELECT jsonb_build_object('pid', pg_backend_pid(), 'rows', coalesce(
     (SELECT jsonb_agg(jsonb_build_array(version, name, checksum, status, started_at, duration,
-                                        executed_by, database_user, token) ORDER BY version)
+                                        executed_by, database_user, token, note, noted_at)
+                      ORDER BY version, name)
      FROM {history}), '[]'))
 """
 
-RECORD = """
-INSERT INTO {history} AS h (version, name, checksum, status, started_at, duration, executed_by,
-                            database_user, token)
-SELECT $1::bigint, $2::text, $3::text, $4::text, now(), $5::double precision, $6::text,
-       current_user, FENCE
-ON CONFLICT (version) DO UPDATE SET status = excluded.status, duration = excluded.duration
-WHERE h.status = 'started' AND h.token IS NOT DISTINCT FROM excluded.token
+# The fence, and what a run without the lock has in its place; $1 to $3 are the lease's.
+FENCE = """
+WITH fence AS (
+    SELECT token FROM {lock} WHERE name = $1 AND token = $2 AND locked_by = $3 FOR KEY SHARE
+)
+"""
+NO_FENCE = """
+WITH fence AS (
+    SELECT NULL::bigint AS token WHERE coalesce($1::text, $2::bigint::text, $3::text) IS NULL
+)
+"""
+
+INSERT = """
+INSERT INTO {history} (version, name, checksum, status, started_at, duration, executed_by,
+                       database_user, token, note, noted_at, script)
+SELECT $4::bigint, $5::text, $6::text, $7::text, coalesce($8::timestamptz, now()),
+       $9::double precision, $10::text, coalesce($11::text, current_user), fence.token, $12::text,
+       CASE WHEN $12::text IS NOT NULL THEN now() END, $13::text
+FROM fence ON CONFLICT DO NOTHING
 RETURNING txid_current()
 """
 
-FENCE = """
-WITH fence AS (
-    SELECT FROM {lock} WHERE name = $2 AND token = $3 AND locked_by = $4 FOR KEY SHARE
-)
+UPDATE = """
+UPDATE {history} AS h SET
+    version = $4::bigint, name = $5::text, checksum = $6::text, status = $7::text,
+    started_at = coalesce($8::timestamptz, CASE WHEN status = 'started' THEN started_at END, now()),
+    duration = $9::double precision, executed_by = $10::text,
+    database_user = coalesce($11::text, current_user), token = fence.token, note = $12::text,
+    noted_at = CASE WHEN $12::text IS NOT NULL THEN now() END, script = coalesce($13::text, script)
+FROM fence WHERE MATCHES
+RETURNING txid_current()
 """
-FINISH = """
-UPDATE {history} SET status = 'applied' FROM fence WHERE version = $1 AND status = 'started'
-"""
-FORGET = "DELETE FROM {history} USING fence WHERE version = $1 AND status = 'started'"
+DELETE = "DELETE FROM {history} AS h USING fence WHERE MATCHES RETURNING txid_current()"
+
+
+def _matches(first: int) -> str:
+    """The row that is replaced is still as it was read."""
+    version, name, checksum, status, token = (f"${first + i}" for i in range(5))
+    return f"""h.version IS NOT DISTINCT FROM {version}::bigint AND h.name = {name}::text
+    AND h.checksum = {checksum}::text AND h.status = {status}::text
+    AND h.token IS NOT DISTINCT FROM {token}::bigint"""
+
+
+UPDATE = UPDATE.replace("MATCHES", _matches(14))
+DELETE = DELETE.replace("MATCHES", _matches(4))
+
+READ_TEXT = "SELECT script FROM {history} AS h WHERE MATCHES".replace("MATCHES", _matches(1))
+
+LIMIT = "SELECT set_config($1, $2, $3)"
+NO_LIMIT = "SET LOCAL lock_timeout TO DEFAULT; SET LOCAL statement_timeout TO DEFAULT"
 
 # A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write. $1 are
 # the tables that the script builds indexes on. On those in $2 it leaves the name to the server:
 # there, what is named as the server does it is the script's if it is younger than the script's
-# start. What somebody is building at this moment is nobody's leftover.
+# start or, since a row that says "failed" is younger itself, than every other row. What somebody is
+# building at this moment is nobody's leftover.
 INVALID_INDEXES = """
 SELECT i.relname AS index, format('%I.%I', n.nspname, i.relname) AS qualified,
        x.indrelid IN (SELECT to_regclass(t) FROM unnest($2::text[]) AS t)
        AND i.relname ~ '_idx[0-9]*$'
-       AND age(i.xmin) < (SELECT max(age(xmin)) FROM {history} WHERE status = 'started') AS nameless
+       AND age(i.xmin) < coalesce(
+           (SELECT max(age(xmin)) FROM {history} WHERE status = 'started'),
+           (SELECT min(age(xmin)) FROM {history} WHERE status <> 'failed'), 2147483647) AS nameless
 FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
 JOIN pg_namespace AS n ON n.oid = i.relnamespace
 WHERE NOT x.indisvalid
@@ -137,11 +186,6 @@ CONCURRENT_BUILD = (  # compiled when it is needed, which is hardly ever
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
 TRANSACTION_STATUS = "SELECT txid_status($1)"
-
-FENCED_RECORD = RECORD.replace(
-    "FENCE", "token FROM {lock} WHERE name = $7 AND token = $8 AND locked_by = $9 FOR KEY SHARE"
-)
-UNFENCED_RECORD = RECORD.replace("FENCE", "NULL::bigint WHERE true")
 
 
 class PostgresHandler:
@@ -292,7 +336,9 @@ class PostgresSession:
             )
 
     @asynccontextmanager
-    async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
+    async def transaction(
+        self, lease: Lease | None, lock_timeout: float = 0.0
+    ) -> AsyncIterator[None]:
         if self.in_transaction:
             await self.leave_transaction()
             raise StatementError(
@@ -311,6 +357,18 @@ class PostgresSession:
             self._committing = self._committing and self.connection.is_closed()
             raise
         self._committing = False
+
+    @asynccontextmanager
+    async def limited(self, limits: Limits) -> AsyncIterator[None]:
+        chosen = {name: seconds for name, seconds in asdict(limits).items() if seconds}
+        local = self.in_transaction
+        for name, seconds in chosen.items():
+            with self.explained():
+                await self.connection.fetch(LIMIT, name, str(ceil(seconds * 1000)), local)
+        yield
+        if chosen and local:  # outside a transaction, the next one resets everything
+            with statement_errors():
+                await self.connection.execute(NO_LIMIT)
 
     @asynccontextmanager
     async def _atomic(
@@ -377,28 +435,45 @@ class PostgresSession:
             with statement_errors(text, statement):
                 await self.connection.execute(statement.text)
 
-    async def record(self, row: HistoryRow, lease: Lease | None) -> None:
+    async def record(
+        self,
+        row: HistoryRow | None,
+        lease: Lease | None,
+        *,
+        replaces: HistoryRow | None = None,
+        text: str | None = None,
+    ) -> None:
         import asyncpg
 
-        values = [row.version, row.name, row.checksum, row.status, row.duration, row.executed_by]
         if not self.in_transaction and not self.connection.is_closed():
             raise StatementError(ENDED_TRANSACTION, committed=True)
-        query = UNFENCED_RECORD
+        fence = NO_FENCE if lease is None else FENCE
+        values: list[object] = [None] * 3
         if lease is not None:
-            query = FENCED_RECORD
-            values += [lease.name, lease.token, lease.locked_by]
+            values = [lease.name, lease.token, lease.locked_by]
+        if row is not None:
+            values += [row.version, row.name, row.checksum, row.status, row.started_at]
+            values += [row.duration, row.executed_by, row.database_user, row.note, text]
+        if replaces is not None:
+            values += _identity(replaces)
+        query = DELETE if row is None else INSERT if replaces is None else UPDATE
         with self.explained():
             try:
-                self._transaction_id = await self.connection.fetchval(self.sql(query), *values)
+                recorded = await self.connection.fetchval(self.sql(fence + query), *values)
             except asyncpg.UndefinedTableError:
                 raise LockLostError("the lock's table, or the history, was dropped") from None
-        if self._script_transaction_id not in (None, self._transaction_id):
+        self._transaction_id = recorded
+        if self._script_transaction_id not in (None, recorded):
             raise StatementError(ENDED_TRANSACTION, committed=True)
-        if self._transaction_id is None:
+        if recorded is None:
             raise LockLostError(
-                "the migration lock was lost, or another process has applied this script: "
-                "the script was rolled back; run msr migrate again"
+                "the migration lock was lost, or another process has changed this script's row: "
+                "the script was rolled back; run the command again"
             )
+
+    async def read_text(self, row: HistoryRow) -> str | None:
+        [[text]] = await self.fetch(READ_TEXT, *_identity(row)) or [[None]]
+        return None if text is None else str(text)
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
         builds = list(re.finditer(CONCURRENT_BUILD, text, re.IGNORECASE))
@@ -414,14 +489,6 @@ class PostgresSession:
         with self.explained():
             name = leftover.removeprefix(INVALID)
             await self.connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
-
-    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
-        assert lease is not None, "a repair takes the lock"
-        query = FENCE + (FINISH if applied else FORGET) + " RETURNING 1"
-        with self.explained():
-            fence = (lease.name, lease.token, lease.locked_by)
-            if not await self.connection.fetch(self.sql(query), version, *fence):
-                raise LockLostError
 
     async def fetch(self, query: str, *values: object) -> list[Any]:
         """One statement, in a transaction of its own where a pooler may stand between."""
@@ -514,6 +581,10 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
             sqlstate=getattr(error, "sqlstate", None),
             hint=getattr(error, "hint", None),
         ) from error
+
+
+def _identity(row: HistoryRow) -> tuple[object, ...]:
+    return row.version, row.name, row.checksum, row.status, row.token
 
 
 def _mentions(text: str, name: str) -> bool:

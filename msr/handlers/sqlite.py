@@ -20,6 +20,8 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -37,8 +39,15 @@ from msr.errors import (
     MissingDriverError,
     MsrError,
 )
-from msr.handlers.base import StatementError, foreign_table, history_row, quoted_names
+from msr.handlers.base import (
+    Limits,
+    StatementError,
+    foreign_table,
+    history_row,
+    quoted_names,
+)
 from msr.handlers.sqlite_lock import (
+    NOW,
     RENEW,
     SqliteLocking,
     is_busy,
@@ -62,17 +71,22 @@ WRITE_BUSY = 30.0
 BUSY_PIECE = 0.2
 """Seconds to wait for other connections: to read; to begin or commit a script, in pieces of."""
 
+ASK_EVERY = 10_000
+"""Instructions of SQLite's machine between two looks at a statement's timeout."""
+
 NOT_AUTHORIZED = "not authorized"
 ENDED_TRANSACTION = (
     "the script would end the transaction that msr runs it in: remove its BEGIN, COMMIT or "
     "ROLLBACK (executescript() and commit() are one), or let it opt out of the transaction"
 )
 
+TIMED_OUT = "canceling statement due to statement timeout"  # in PostgreSQL's words
+
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as :name.
 
 CREATE_HISTORY = """
 CREATE TABLE IF NOT EXISTS {history} (
-    version INTEGER PRIMARY KEY,
+    version INTEGER UNIQUE,
     name TEXT NOT NULL,
     checksum TEXT NOT NULL,
     status TEXT NOT NULL,
@@ -80,27 +94,52 @@ CREATE TABLE IF NOT EXISTS {history} (
     duration REAL,
     executed_by TEXT,
     database_user TEXT,
-    token INTEGER
+    token INTEGER,
+    note TEXT,
+    noted_at TEXT,
+    script TEXT
 )
 """
 
 READ_HISTORY = """
-SELECT version, name, checksum, status, started_at, duration, executed_by, database_user, token
-FROM {history} ORDER BY version
+SELECT version, name, checksum, status, started_at, duration, executed_by, database_user, token,
+       note, noted_at
+FROM {history} ORDER BY version IS NULL, version, name
 """
 
-RECORD = """
-INSERT INTO {history} (version, name, checksum, status, started_at, duration, executed_by,
-                       token)
-SELECT :version, :row_name, :checksum, :status,
-       strftime('%Y-%m-%dT%H:%M:%fZ', 'now', -coalesce(:duration, 0) || ' seconds'),
-       :duration, :executed_by, :token WHERE true
-ON CONFLICT (version) DO UPDATE SET status = excluded.status, duration = excluded.duration
-WHERE status = 'started' AND token IS excluded.token
+STARTED_AT = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', -coalesce(:duration, 0) || ' seconds')"
+
+NOTED_AT = f"CASE WHEN :note IS NOT NULL THEN {NOW} END"
+
+INSERT = f"""
+INSERT INTO {{history}} (version, name, checksum, status, started_at, duration, executed_by,
+                         database_user, token, note, noted_at, script)
+SELECT :version, :name, :checksum, :status, coalesce(:started_at, {STARTED_AT}),
+       :duration, :executed_by, :database_user, :token, :note, {NOTED_AT}, :script
+WHERE :version IS NOT NULL
+      OR NOT EXISTS (SELECT 1 FROM {{history}} WHERE version IS NULL AND name = :name)
+ON CONFLICT DO NOTHING
 """
 
-FINISH = "UPDATE {history} SET status = 'applied' WHERE version = :version AND status = 'started'"
-FORGET = "DELETE FROM {history} WHERE version = :version AND status = 'started'"
+# The row that is replaced is still as it was read.
+MATCHES = """
+version IS :old_version AND name = :old_name AND checksum = :old_checksum
+AND status = :old_status AND token IS :old_token
+"""
+
+UPDATE = f"""
+UPDATE {{history}} SET
+    version = :version, name = :name, checksum = :checksum, status = :status,
+    started_at =
+        coalesce(:started_at, CASE WHEN status = 'started' THEN started_at END, {STARTED_AT}),
+    duration = :duration, executed_by = :executed_by, database_user = :database_user,
+    token = :token, note = :note, noted_at = {NOTED_AT}, script = coalesce(:script, script)
+WHERE {MATCHES}
+"""
+
+DELETE = f"DELETE FROM {{history}} WHERE {MATCHES}"
+
+READ_TEXT = f"SELECT script FROM {{history}} WHERE {MATCHES}"
 
 
 class SqliteHandler:
@@ -156,6 +195,7 @@ class SqliteSession:
         self._connection: aiosqlite.Connection | None = None
         self._stopped = False
         self._committed = False
+        self._timed_out = False
         self._has_history = False
         self._has_read = False
         self.locking = SqliteLocking(self)
@@ -214,16 +254,18 @@ class SqliteSession:
     async def create_history(self) -> None:
         await self.open(create=True)
         if not self._has_history:
-            await self.hop(self._patiently, self.sql(CREATE_HISTORY))
+            await self.hop(self._patiently, self.sql(CREATE_HISTORY), WRITE_BUSY)
 
     async def require_outside_transaction(self) -> None:
         """Always possible here."""
 
     @asynccontextmanager
-    async def transaction(self, lease: Lease | None) -> AsyncIterator[None]:
+    async def transaction(
+        self, lease: Lease | None, lock_timeout: float = 0.0
+    ) -> AsyncIterator[None]:
         self._committed = False
         try:
-            await self.hop(self._begin, lease)
+            await self.hop(self._begin, lease, lock_timeout or WRITE_BUSY)
             if lease is not None:
                 lease.secured = True
             yield
@@ -243,6 +285,23 @@ class SqliteSession:
                 # is ours shows at the next renewal or fence.
                 lease.trust(time.monotonic())
 
+    @asynccontextmanager
+    async def limited(self, limits: Limits) -> AsyncIterator[None]:
+        """One waits for others in BEGIN only, so what is left to bound is a statement."""
+        if not limits.statement_timeout:
+            yield
+            return
+        await self.hop(self._watch_statements, limits.statement_timeout)
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # out of a Python script's own statement
+            if self._timed_out:
+                raise StatementError(TIMED_OUT) from error
+            raise
+        finally:
+            with suppress(MsrError):  # the script may have closed the connection
+                await self.hop(self._watch_statements, 0.0)
+
     async def _undo(self, *, cancelled: bool) -> None:
         """Leave no transaction open, if need be by closing the connection."""
         with anyio.CancelScope(shield=True):
@@ -259,8 +318,21 @@ class SqliteSession:
     async def execute_script(self, text: str) -> None:
         await self.hop(self._execute_all, split_sqlite(text))
 
-    async def record(self, row: HistoryRow, lease: Lease | None) -> None:
-        await self.hop(self._record, row, lease)
+    async def record(
+        self,
+        row: HistoryRow | None,
+        lease: Lease | None,
+        *,
+        replaces: HistoryRow | None = None,
+        text: str | None = None,
+    ) -> None:
+        await self.hop(self._record, row, lease, replaces, text)
+
+    async def read_text(self, row: HistoryRow) -> str | None:
+        if not await self.open(create=False):
+            return None
+        [[text]] = await self.hop(read_rows, self.sql(READ_TEXT), _identity(row)) or [[None]]
+        return None if text is None else str(text)
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
         return ()  # SQLite has nothing that a killed statement leaves behind
@@ -268,30 +340,47 @@ class SqliteSession:
     async def drop_leftover(self, leftover: str) -> None:
         """Never called: there are none."""
 
-    async def repair(self, version: int, applied: bool, lease: Lease | None) -> None:
-        await self.hop(self._repair, version, applied, lease)
-
     def _read_history(self, db: sqlite3.Connection) -> Sequence[Sequence[Any]]:
         if self._has_read:  # others have set it since; the connection began with it
             db.execute(f"PRAGMA busy_timeout = {int(READ_BUSY * 1000)}")
         self._has_read = True
         return read_rows(db, self.sql(READ_HISTORY), {})
 
-    def _begin(self, db: sqlite3.Connection, lease: Lease | None) -> None:
+    def _begin(self, db: sqlite3.Connection, lease: Lease | None, lock_timeout: float) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
             raise StatementError(
                 "the script left a transaction open, which was rolled back: add its COMMIT"
             )
-        self._patiently(db, "BEGIN IMMEDIATE")
+        # This is where one waits for others here: inside the transaction there are none.
+        self._patiently(db, "BEGIN IMMEDIATE", lock_timeout)
         if lease is not None:
             self._fence(db, lease)
         db.set_authorizer(_forbid_transaction_control)
 
+    def _watch_statements(self, db: sqlite3.Connection, seconds: float) -> None:
+        """Have SQLite ask us, while it works, whether a statement takes more than `seconds`."""
+        deadline = time.monotonic() + seconds
+
+        def begin(statement: str) -> None:
+            nonlocal deadline
+            if not statement.startswith("--"):  # else one inside a trigger
+                deadline = time.monotonic() + seconds
+
+        if seconds:
+            self._timed_out = False
+
+        def is_late() -> bool:
+            self._timed_out = self._timed_out or time.monotonic() > deadline
+            return self._timed_out
+
+        db.set_trace_callback(begin if seconds else None)
+        db.set_progress_handler(is_late if seconds else None, ASK_EVERY)
+
     def _commit(self, db: sqlite3.Connection) -> None:
         db.set_authorizer(None)
         try:
-            self._patiently(db, "COMMIT")
+            self._patiently(db, "COMMIT", WRITE_BUSY)
         except sqlite3.Error as error:  # a deferred foreign key, a full disk
             if is_busy(error):
                 raise
@@ -303,10 +392,10 @@ class SqliteSession:
         if db.in_transaction:
             db.execute("ROLLBACK")
 
-    def _patiently(self, db: sqlite3.Connection, statement: str) -> None:
+    def _patiently(self, db: sqlite3.Connection, statement: str, seconds: float) -> None:
         """Wait for other connections in short pieces, because no interrupt ends such a wait."""
-        db.execute(f"PRAGMA busy_timeout = {int(BUSY_PIECE * 1000)}")
-        deadline = time.monotonic() + WRITE_BUSY
+        db.execute(f"PRAGMA busy_timeout = {int(min(seconds, BUSY_PIECE) * 1000)}")
+        deadline = time.monotonic() + seconds
         while True:
             try:
                 db.execute(statement)
@@ -326,34 +415,35 @@ class SqliteSession:
                 message = str(error)
                 if message == NOT_AUTHORIZED:
                     message = ENDED_TRANSACTION
+                elif self._timed_out:
+                    message = TIMED_OUT
                 raise StatementError(message, line=statement.line) from error
 
-    def _record(self, db: sqlite3.Connection, row: HistoryRow, lease: Lease | None) -> None:
+    def _record(
+        self,
+        db: sqlite3.Connection,
+        row: HistoryRow | None,
+        lease: Lease | None,
+        replaces: HistoryRow | None,
+        text: str | None,
+    ) -> None:
         if not db.in_transaction:  # INSERT OR ROLLBACK, say
             raise StatementError(ENDED_TRANSACTION, committed=True)
-        values = {
-            "version": row.version,
-            "row_name": row.name,
-            "checksum": row.checksum,
-            "status": row.status,
-            "duration": row.duration,
-            "executed_by": row.executed_by,
-            "token": lease.token if lease is not None else None,
-        }
-        changed = db.execute(self.sql(RECORD), values).rowcount
+        values: dict[str, object] = {}
+        if row is not None:
+            values = {**asdict(row), "started_at": _iso(row.started_at), "script": text}
+            values["token"] = lease.token if lease is not None else None
+        if replaces is not None:
+            values |= _identity(replaces)
+        query = DELETE if row is None else INSERT if replaces is None else UPDATE
+        changed = db.execute(self.sql(query), values).rowcount
         if lease is not None:
             self._fence(db, lease)
         if changed != 1:
             raise LockLostError(
-                "another process has applied this script: it was rolled back; run msr migrate again"
+                "another process has changed this script's row in the history: the script was "
+                "rolled back; run the command again"
             )
-
-    def _repair(
-        self, db: sqlite3.Connection, version: int, applied: bool, lease: Lease | None
-    ) -> None:
-        db.execute(self.sql(FINISH if applied else FORGET), {"version": version})
-        if lease is not None:
-            self._fence(db, lease)
 
     def _fence(self, db: sqlite3.Connection, lease: Lease) -> None:
         if db.execute(self.sql(RENEW), lease_values(lease)).rowcount != 1:
@@ -404,6 +494,19 @@ class SqliteSession:
         if "no such column" in text or "has no column" in text:
             return foreign_table(self.config, text)
         return DatabaseError(f"{where}: {text}")
+
+
+def _iso(moment: datetime | None) -> str | None:
+    """As SQLite's own `strftime` writes it here."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _identity(row: HistoryRow) -> dict[str, object]:
+    values = asdict(row)
+    same = ("version", "name", "checksum", "status", "token")
+    return {f"old_{name}": values[name] for name in same}
 
 
 def _forbid_transaction_control(action: int, *_: object) -> int:

@@ -10,6 +10,9 @@ file, proves nothing, and the lease decides.
     row held, its file unlocked    take it: the holder's process is gone
     row held                       wait
 
+What the holder is doing is written into that file as well as on the row: while a script's own
+transaction is open, nobody could read it there.
+
 Taking means a short `BEGIN IMMEDIATE`; a waiter looks before it asks for that. While a script's
 transaction is open nobody can take anything, which is what keeps its lease safe (see `sqlite`).
 
@@ -22,6 +25,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -144,7 +148,14 @@ class SqliteLocking:
         return await self._session.hop(self._acquire, owner, timeout, running)
 
     async def renew(self, lease: Lease) -> bool:
-        return await self._change(RENEW, lease)
+        await anyio.to_thread.run_sync(self._tell, lease)
+        if not lease.secured:
+            try:
+                return await self._change(RENEW, lease)
+            except DatabaseBusyError:
+                if not lease.secured:  # else its own transaction has begun meanwhile
+                    raise
+        return True
 
     async def release(self, lease: Lease) -> bool:
         released = await self._change(RELEASE, lease)
@@ -157,7 +168,7 @@ class SqliteLocking:
     async def get_status(self) -> LockStatus:
         if not await self._session.open(create=False):
             return LockStatus(name=self._name)
-        return self._status(await self._session.hop(self._read))
+        return await self._session.hop(lambda db: self._status(self._read(db)))
 
     async def force_release(
         self, token: int, *, by: str, reason: str | None, terminate: bool
@@ -301,7 +312,7 @@ class SqliteLocking:
             holder=self._holder(row),
             is_expired=bool(row["is_expired"]),
             forced_release=release,
-            **same,
+            **{**same, "running": self._told(row) or row["running"]},
         )
 
     def _holder(self, row: dict[str, Any]) -> Literal["alive", "gone", "unknown"] | None:
@@ -324,13 +335,35 @@ class SqliteLocking:
         finally:
             os.close(descriptor)
 
+    def _tell(self, lease: Lease) -> None:
+        """Write what runs into the lock file: the row cannot be read until the script commits."""
+        if self._session.path is not None:
+            with suppress(OSError):  # no file, no news
+                path = self._path(self._file_name(lease.token))
+                descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+                with open(descriptor, "w", encoding="utf-8") as file:
+                    file.write(lease.running or "")
+
+    def _told(self, row: dict[str, Any]) -> str | None:
+        """What the holder wrote there."""
+        if row["session"] is None:
+            return None
+        try:
+            return self._path(row["session"]).read_text("utf-8", "replace")
+        except OSError:
+            return None
+
+    def _file_name(self, token: int) -> str:
+        assert self._session.path is not None, "a database in memory has no lock file"
+        return f"{self._session.path.name}-{self._session.config.locking.table_name}-{token}.lock"
+
     def _prove_life(self, token: int) -> str | None:
         """Lock a file of our own beside the database; its name, or None where that is not to be."""
         self.forget(unlink=True)  # of a lease that we have lost since
         database = self._session.path
         if database is None or fcntl is None:
             return None
-        name = f"{database.name}-{self._session.config.locking.table_name}-{token}.lock"
+        name = self._file_name(token)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             descriptor = os.open(self._path(name), flags, 0o644)

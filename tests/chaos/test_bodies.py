@@ -258,7 +258,7 @@ async def interrupt_everywhere(
             loop.set_task_factory(None)
         sweep.runs += 1
         sweep.cancelled += cancelled
-        told = [event.script for event in events if isinstance(event, msr.ScriptApplied)]
+        told = [event.script for event in events if isinstance(event, msr.ScriptFinished)]
         sweep.wrong += [f"at wait {nth}: {it}" for it in await left_behind(url, folder, told)]
         if not interruption.has_come or len(sweep.wrong) > 1:
             return sweep

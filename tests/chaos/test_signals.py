@@ -75,7 +75,7 @@ def test_a_signal_at_each_step(database_url: str, tmp_path: Path) -> None:
         end = finish(run)
         done = applied(url)
         where = f"{when} {step}: {end}"
-        told = [line.split()[1][:2] for line in end.stdout.splitlines() if "Applied" in line]
+        told = [line.split()[2][:2] for line in end.stdout.splitlines() if "Applied" in line]
         assert told == [f"V{version}" for version in done], where
         assert query(url, "SELECT version FROM work ORDER BY 1") == [(it,) for it in done], where
         assert lock_row(url)[1] is None, where

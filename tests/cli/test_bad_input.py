@@ -15,7 +15,7 @@ import pytest
 
 import msr
 from msr.urls import parse_url
-from tests.support.cli import Result, run_msr, write_scripts
+from tests.support.cli import Result, own_lines, run_msr, write_scripts
 from tests.support.databases import on_postgres, on_sqlite
 from tests.support.dump import dump
 from tests.support.postgres import SECRET_PASSWORD, SECRET_USER, PostgresServer
@@ -36,7 +36,7 @@ def refused(result: Result, exit_code: int, *says: str) -> None:
     """One line on stderr that says this, this exit code, and no secret or traceback anywhere."""
     assert (result.exit_code, result.stdout) == (exit_code, ""), result
     assert result.stderr.startswith("✗ Error: ")
-    assert result.stderr.count("\n") == 1
+    assert len(own_lines(result.stderr)) == 1
     assert result.stderr.endswith("\n")
     for part in says:
         assert part in result.stderr

@@ -11,6 +11,7 @@ from tests.support.dump import dump
 from tests.support.holder import hold_lock
 from tests.support.queries import query
 
+WHO = r"(postgres@)?\S+"
 MOMENT = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
@@ -30,7 +31,7 @@ def test_nothing_applied(url: str, folder: Path) -> None:
 
     assert (result.exit_code, result.stderr) == (0, "")
     assert rows(result.stdout) == [
-        "Version Status Applied at Duration Script",
+        "Version Status Applied at Duration Script By",
         "1 pending V1_first.sql",
         "2 pending sub/V2_second.py",
         "",
@@ -60,12 +61,12 @@ def test_every_status(migrated_url: str, folder: Path) -> None:
 
     assert (result.exit_code, result.stderr) == (0, "")
     expected = [
-        "Version Status Applied at Duration Script",
-        rf"1 applied {MOMENT} \d+ ms V1_first\.sql",
+        "Version Status Applied at Duration Script By",
+        rf"1 applied {MOMENT} \d+ ms V1_first\.sql {WHO}",
         r"2 out-of-order V2_late\.sql",
-        rf"3 changed {MOMENT} \d+ ms V3_more\.sql",
-        rf"4 missing {MOMENT} \d+ ms \(more\)",
-        rf"5 unfinished {MOMENT} \d+ ms V5_more\.sql",
+        rf"3 changed {MOMENT} \d+ ms V3_more\.sql {WHO}",
+        rf"4 missing {MOMENT} \d+ ms \(more\) {WHO}",
+        rf"5 unfinished {MOMENT} \d+ ms V5_more\.sql {WHO}",
         r"6 pending V6_next\.sql",
         "",
         "6 scripts: 1 applied, 1 out-of-order, 1 changed, 1 missing, 1 unfinished, 1 pending",
@@ -75,12 +76,14 @@ def test_every_status(migrated_url: str, folder: Path) -> None:
 
 
 def test_json(migrated_url: str, folder: Path) -> None:
-    """--json prints one array with everything that the history knows of each script."""
+    """--json prints one document with everything that the history knows of each script."""
     write_scripts(folder, {"V2_second.sql": "CREATE TABLE second (id int);"})
 
     result = run_msr("list", "--json")
 
-    applied, pending = json.loads(result.stdout)
+    document = json.loads(result.stdout)
+    applied, pending = document["scripts"]
+    assert (document["format"], document["total"]) == (1, 2)
     assert (result.exit_code, result.stderr) == (0, "")
     assert (applied["version"], applied["name"], applied["status"]) == (1, "first", "applied")
     assert (applied["file"], applied["token"]) == ("V1_first.sql", 1)
@@ -99,6 +102,8 @@ def test_json(migrated_url: str, folder: Path) -> None:
         "executed_by": None,
         "database_user": None,
         "token": None,
+        "note": None,
+        "noted_at": None,
     }
 
 

@@ -178,7 +178,7 @@ def test_json(page_url: str) -> None:
     assert document["locked_by"] == "macbook-pro-12345-a1b2c3d4-e5f6-7890-abcd"
     assert document["locked_at"] == "2025-12-18T14:32:10.123Z"
     assert document["token"] == 1
-    assert (nothing.exit_code, json.loads(nothing.stdout)) == (0, {"released": None})
+    assert (nothing.exit_code, json.loads(nothing.stdout)) == (0, {"format": 1, "released": None})
 
 
 @on_sqlite

@@ -114,7 +114,7 @@ def test_not_configured(without_locking: str) -> None:
 
     assert result == Result(0, NOT_CONFIGURED, "")
     result = run_msr("lock:status", "--executor", without_locking, "--json")
-    assert result == Result(0, "null\n", "")
+    assert result == Result(0, '{"format": 1, "configured": false}\n', "")
 
 
 def test_real_holder(url: str) -> None:
@@ -156,6 +156,8 @@ def test_json(page_url: str) -> None:
     assert document.pop("checked_at").endswith("Z")
     assert (result.exit_code, result.stderr) == (0, "")
     assert document == {
+        "format": 1,
+        "configured": True,
         "name": "default",
         "is_locked": True,
         "token": 1,

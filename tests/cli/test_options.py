@@ -177,7 +177,7 @@ class TestPrecedence:
             run_msr(*arguments),
         ]
 
-        assert [json.loads(result.stdout)[0]["name"] for result in results] == [
+        assert [json.loads(result.stdout)["scripts"][0]["name"] for result in results] == [
             *("flag", "able", "file")
         ]
 
@@ -321,7 +321,7 @@ class TestExecutor:
         """An object, a function that returns one, or an attribute of something; from any folder."""
         result = migrate("--executor", f"shop.db:{attribute}")
 
-        assert result.stdout.startswith("Applied V1_first.sql ")
+        assert " Applied V1_first.sql " in result.stdout
         assert "first" in names(url)
 
     @on_sqlite

@@ -1,4 +1,4 @@
-"""`msr repair`: a script outside a transaction that was started and never finished."""
+"""`msr repair`: what was left half done outside a transaction, and edits of applied scripts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ SCRIPTS = {
 
 
 @pytest.fixture
-def unfinished(url: str) -> str:
-    """A database in which version 2 was started, made its table, and failed on the next line."""
+def failed(url: str) -> str:
+    """A database in which version 2 made its table, and failed on the next line."""
     write_scripts(Path("migrations"), SCRIPTS)
     assert run_msr("migrate").exit_code == 3
     return url
+
+
+@pytest.fixture(params=["failed", "started"])
+def unfinished(request: pytest.FixtureRequest, failed: str) -> str:
+    """The same, or as it is when the process was killed instead of seeing it fail."""
+    query(failed, f"UPDATE schema_version SET status = '{request.param}' WHERE version = 2")
+    return failed
 
 
 def statuses(url: str) -> dict[int, str]:
@@ -47,6 +54,11 @@ def test_applied(unfinished: str) -> None:
     assert (result.exit_code, result.stdout) == (0, "✓ Version 2 (outside): recorded as applied\n")
     assert statuses(unfinished) == {1: "applied", 2: "applied"}
     assert run_msr("migrate", "--no-wait").exit_code == 0
+    [[note, noted_at]] = query(
+        unfinished, "SELECT note, noted_at FROM schema_version WHERE version = 2"
+    )
+    assert "repaired as applied by " in note
+    assert noted_at is not None
 
 
 def test_retry(unfinished: str) -> None:
@@ -55,14 +67,19 @@ def test_retry(unfinished: str) -> None:
 
     assert result.exit_code == 0
     assert json.loads(result.stdout)["applied"] is False
-    assert statuses(unfinished) == {1: "applied"}
+    assert statuses(unfinished) == {1: "applied", 2: "retry"}
+    assert " pending " in run_msr("list").stdout
+    write_scripts(Path("migrations"), {"V2_outside.sql": "SELECT 1;"})
+    assert run_msr("migrate").exit_code == 0
+    assert statuses(unfinished) == {1: "applied", 2: "applied"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["2"], "either --applied or --retry"),
-        (["2", "--applied", "--retry"], "either --applied or --retry"),
+        (["2"], "say --applied or --retry"),
+        (["2", "--applied", "--retry"], "--applied: contradicts --retry"),
+        (["--applied"], "--applied: say which script"),
         (["1", "--applied"], "version 1 is not unfinished"),
         (["7", "--retry"], "version 7 is not unfinished"),
     ],
@@ -82,7 +99,9 @@ def test_it_waits_for_the_lock(unfinished: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MSR_LOCKING_WAIT", "0.3")
     with hold_lock(unfinished):
         assert run_msr("repair", "2", "--retry").exit_code == 8
-    assert statuses(unfinished)[2] == "started"
+        assert run_msr("repair", "2", "--retry", "--no-wait").exit_code == 8
+        assert run_msr("repair", "2", "--applied", "--wait", "0.1").exit_code == 8
+    assert statuses(unfinished)[2] in ("started", "failed")
 
 
 @on_postgres

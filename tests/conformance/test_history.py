@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,15 @@ NAMES = [
 ]
 
 
-async def record(session: msr.Session, lease: msr.Lease | None, row: msr.HistoryRow) -> None:
+async def record(
+    session: msr.Session,
+    lease: msr.Lease | None,
+    row: msr.HistoryRow | None,
+    replaces: msr.HistoryRow | None = None,
+    text: str | None = None,
+) -> None:
     async with session.transaction(lease):
-        await session.record(row, lease)
+        await session.record(row, lease, replaces=replaces, text=text)
 
 
 async def test_no_table_means_no_rows(connect: Connect, sql: Sql) -> None:
@@ -73,16 +80,63 @@ async def test_rows_come_back_as_written(connect: Connect) -> None:
 async def test_the_database_says_when_and_who(
     handler: msr.DatabaseHandler, connect: Connect
 ) -> None:
-    """`started_at` is the database's, with its zone; the user is the role, where there are any."""
+    """Times that are not given are the database's, with their zone; so is the user."""
     session = await connect()
     await session.create_history()
-    long_ago = datetime(1999, 1, 1, tzinfo=UTC)
-    await record(session, None, replace(ROW, started_at=long_ago, database_user="nobody", token=3))
+    await record(session, None, replace(ROW, note="looked at", token=3))
     [row] = await session.read_history()
-    assert row.started_at is not None
-    assert abs(datetime.now(UTC) - row.started_at) < timedelta(seconds=30)
+    for moment in (row.started_at, row.noted_at):
+        assert moment is not None
+        assert abs(datetime.now(UTC) - moment) < timedelta(seconds=30)
     assert row.database_user == ("postgres" if handler.dialect == "postgresql" else None)
     assert row.token is None
+
+
+async def test_what_is_known_already_is_kept(connect: Connect) -> None:
+    """A row that was read and is written again keeps when it ran; who and the text are kept too."""
+    session = await connect()
+    await session.create_history()
+    long_ago = datetime(1999, 1, 1, 12, 30, 15, 250_000, tzinfo=UTC)
+    await record(session, None, replace(ROW, started_at=long_ago), text="SELECT 1;\n")
+    [row] = await session.read_history()
+    assert row.started_at == long_ago
+    repaired = replace(row, checksum="other", note="repaired")
+    await record(session, None, repaired, replaces=row)
+    [found] = await session.read_history()
+    assert found == replace(repaired, noted_at=found.noted_at)
+    assert await session.read_text(found) == "SELECT 1;\n"
+    assert await session.read_text(row) is None
+
+
+async def test_repeatable_scripts_have_a_row_each(connect: Connect) -> None:
+    """A row without a version goes by its name: one for each, after the versioned ones."""
+    session = await connect()
+    await session.create_history()
+    views = [replace(ROW, version=None, name=name) for name in ("b", "a")]
+    for row in (*views, ROW):
+        await record(session, None, row)
+    rows = await session.read_history()
+    assert [row.key for row in rows] == [1, "a", "b"]
+    with pytest.raises(msr.LockLostError):
+        await record(session, None, views[0])
+    await record(session, None, replace(views[0], checksum="new"), replaces=rows[2])
+    assert [row.checksum for row in await session.read_history()] == ["c0ffee", "c0ffee", "new"]
+
+
+async def test_a_row_is_removed(connect: Connect) -> None:
+    """Without a new row the old one goes, under the fence like any other change."""
+    session = await connect()
+    await session.create_history()
+    lease = await acquire(session)
+    await record(session, lease, ROW)
+    [row] = await session.read_history()
+    assert session.locking is not None
+    assert await session.locking.release(lease)
+    with pytest.raises(msr.LockLostError):
+        await record(session, lease, None, replaces=row)
+    assert await session.read_history() == [row]
+    await record(session, await acquire(session), None, replaces=row)
+    assert list(await session.read_history()) == []
 
 
 async def test_the_largest_version(connect: Connect) -> None:
@@ -116,29 +170,36 @@ async def test_started_becomes_applied(connect: Connect) -> None:
     await record(session, lease, replace(ROW, status="started", duration=None))
     [started] = await session.read_history()
     assert (started.status, started.duration, started.token) == ("started", None, lease.token)
-    await record(session, lease, replace(ROW, duration=2.5))
+    await record(session, lease, replace(ROW, duration=2.5), replaces=started)
     [applied] = await session.read_history()
     assert applied == replace(started, status="applied", duration=2.5)
 
 
-async def test_only_who_started_it_can_finish_it(connect: Connect) -> None:
-    """A later holder does not mark what a former one left unfinished as applied."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"status": "applied"},
+        {"checksum": "other"},
+        {"name": "other"},
+        {"token": 77},
+        {"version": 2},
+    ],
+)
+async def test_only_what_was_read_is_replaced(connect: Connect, change: dict[str, Any]) -> None:
+    """A row that somebody has changed since it was read stays as it is now."""
     session = await connect()
     await session.create_history()
     lease = await acquire(session)
     await record(session, lease, replace(ROW, status="started"))
-    assert session.locking is not None
-    assert await session.locking.release(lease)
-    later = await acquire(session)
-    for stranger in (later, None):
-        with pytest.raises(msr.LockLostError):
-            await record(session, stranger, ROW)
     [row] = await session.read_history()
-    assert (row.status, row.token) == ("started", lease.token)
+    for new in (ROW, None):
+        with pytest.raises(msr.LockLostError):
+            await record(session, lease, new, replaces=replace(row, **change))
+    assert await session.read_history() == [row]
 
 
-async def test_an_applied_row_stays(connect: Connect) -> None:
-    """Nobody overwrites an applied row, not even with the same token."""
+async def test_a_row_that_is_there_stays(connect: Connect) -> None:
+    """Nobody writes over an applied row that they have not seen, not even with the same token."""
     session = await connect()
     await session.create_history()
     lease = await acquire(session)
@@ -174,10 +235,10 @@ async def test_a_script_outside_a_transaction(
     assert [(row.status, row.token) for row in rows] == [("applied", result.token)] * 2
 
 
-async def test_an_unfinished_script_stops_the_next_run(
+async def test_a_failed_script_stops_the_next_run(
     handler: msr.DatabaseHandler, connect: Connect, sql: Sql, tmp_path: Path
 ) -> None:
-    """One found started is named with what to do; what it did before it failed is still there."""
+    """One that failed is named with what to do; what it did before it failed is still there."""
     folder = write_scripts(
         tmp_path / "scripts",
         {
@@ -198,7 +259,7 @@ async def test_an_unfinished_script_stops_the_next_run(
     with pytest.raises(msr.ValidationError) as stopped:
         await executor.migrate()
     [problem] = stopped.value.problems
-    assert (problem.rule, problem.file) == ("unfinished", "V1_half.sql")
+    assert (problem.rule, problem.file) == ("failed", "V1_half.sql")
     assert "msr repair 1" in problem.message
     assert await sql("SELECT * FROM schema_version") == before
-    assert [row.status for row in await executor.list()] == ["unfinished", "pending"]
+    assert [row.status for row in await executor.list()] == ["failed", "pending"]

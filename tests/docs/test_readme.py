@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from typing import NamedTuple
 import pytest
 
 import msr
-from msr_cli.app import EXIT_CODES
+from msr_cli.running import EXIT_CODES
 from tests.support.cli import run_msr, start_msr, wait_until, write_scripts
+from tests.support.queries import query
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +47,8 @@ COMMAND = re.compile(r"^\$ (?P<command>.*?)(?:  # exit (?P<exit_code>\d+))?$", r
 SLOW = {"V3_fill_in_totals.py": "import asyncio\nasync def up(db):\n    await asyncio.sleep(60)\n"}
 
 VOLATILE = (
+    (rf"\b{re.escape(socket.gethostname())}$", "web-1"),  # who applied it, in the last column
+    (r"V20\d{12}_", "V<now>_"),
     (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "<time>"),
     (r"\S+-\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<holder>"),
     (r"Process ID: \d+", "Process ID: <pid>"),
@@ -147,9 +151,28 @@ def test_python_example(tmp_path: Path) -> None:
         timeout=30,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    first, listed, released, token = done.stdout.splitlines()
+    told, first, *rest = done.stdout.splitlines()
+    assert told == "1 of 1: V1_users.sql"
     assert first.startswith("1 1 ")
-    assert (listed, released, token) == ("1 users applied", "None", "2")
+    assert rest == ["1 users applied", "None", "2", "[]"]
+
+
+def test_python_script(tmp_path: Path) -> None:
+    """The script in the README runs as printed, with the helper that it imports."""
+    [script] = [block["body"] for block in blocks("python") if "context.progress" in block["body"]]
+    write_scripts(
+        tmp_path / "migrations",
+        {
+            "V1_users.sql": "CREATE TABLE users (id INTEGER, total INTEGER);"
+            "INSERT INTO users (id) VALUES (1), (2);",
+            "V2_totals.py": script,
+            "helpers.py": "async def new_total(db, user):\n    return user * 10\n",
+        },
+    )
+    url = f"sqlite:///{tmp_path}/app.db"
+    done = run_msr("migrate", "--url", url, "--json", cwd=tmp_path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert query(url, "SELECT total FROM users") == [(10,), (20,)]
 
 
 def test_boot_hook_is_the_tested_one() -> None:

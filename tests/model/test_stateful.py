@@ -57,7 +57,7 @@ DROP SEQUENCE IF EXISTS migration_locks_token;
 """
 
 
-ANYBODY = "AND $8::bigint IS NOT NULL AND $9::text IS NOT NULL"
+ANYBODY = "AND $2::bigint IS NOT NULL AND $3::text IS NOT NULL"
 
 
 class Undo(Exception):
@@ -699,7 +699,7 @@ def test_sqlite_does_as_the_reference(quick_sqlite: str) -> None:
         (postgres_lock, "RELEASE", "AND token = $2", "AND $2::bigint IS NOT NULL"),
         (postgres_lock, "FORCE_RELEASE", "token = nextval('{token}'), ", ""),
         (postgres_lock, "ACQUIRE", "token = nextval('{token}')", "token = l.token + 1"),
-        (postgres, "FENCED_RECORD", "AND token = $8 AND locked_by = $9", ANYBODY),
+        (postgres, "FENCE", "AND token = $2 AND locked_by = $3", ANYBODY),
     ],
 )
 def test_a_wrong_statement_is_found_on_postgres(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ __all__ = [
     "MSR",
     "Result",
     "end_started",
+    "own_lines",
     "run_msr",
     "start_msr",
     "start_python",
+    "unstamped",
     "wait_until",
     "wait_until_async",
     "write_scripts",
@@ -123,6 +126,16 @@ def end_started() -> None:
             if stream is not None and not stream.closed:
                 with contextlib.suppress(BrokenPipeError):  # what it never read
                     stream.close()
+
+
+def unstamped(text: str) -> str:
+    """What a command wrote, without the time at the beginning of lines about its progress."""
+    return re.sub(r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ ", "", text, flags=re.MULTILINE)
+
+
+def own_lines(text: str) -> list[str]:
+    """The lines of `msr` itself: without the line of the failed script, and the caret below it."""
+    return [line for line in text.splitlines() if not re.match(r" +\d* \| ", line)]
 
 
 def wait_until(predicate: Callable[[], T], timeout: float = 20, interval: float = 0.02) -> T:

@@ -56,9 +56,9 @@ def _no_fence(patch: Patch) -> None:
     _statement(
         patch,
         postgres,
-        "FENCED_RECORD",
-        "token FROM {lock} WHERE name = $7 AND token = $8 AND locked_by = $9 FOR KEY SHARE",
-        "$8::bigint WHERE ($7::text, $9::text) IS NOT NULL",
+        "FENCE",
+        "token FROM {lock} WHERE name = $1 AND token = $2 AND locked_by = $3 FOR KEY SHARE",
+        "$2::bigint AS token WHERE ($1::text, $3::text) IS NOT NULL",
     )
     _statement(patch, sqlite, "RENEW", "AND token = :token AND locked_by = :locked_by", "")
 
@@ -107,7 +107,7 @@ def _no_shield(patch: Patch) -> None:
 @mechanism("signal handler")
 def _no_signal_handler(patch: Patch) -> None:
     """A signal is left to Python: SIGTERM ends the process at once."""
-    from msr_cli import app
+    from msr_cli import running
 
     class Signals:
         """The module `signal`, except that it installs nothing."""
@@ -118,8 +118,8 @@ def _no_signal_handler(patch: Patch) -> None:
         def signal(*_: object) -> None:
             pass
 
-    assert vars(app)["signal"] is signal
-    patch(app, "signal", Signals)
+    assert vars(running)["signal"] is signal
+    patch(running, "signal", Signals)
 
 
 @mechanism("lock")
@@ -233,8 +233,8 @@ def _no_option_no_lock(patch: Patch) -> None:
 
     original = MigrationScriptExecutor.migrate
 
-    async def migrate(self: Any, *, wait: float | None = None, use_lock: Any = None) -> Any:
-        return await original(self, wait=wait)
+    async def migrate(self: Any, *arguments: Any, **options: Any) -> Any:
+        return await original(self, *arguments, **{**options, "use_lock": None})
 
     patch(MigrationScriptExecutor, "migrate", migrate)
 
@@ -279,10 +279,10 @@ def _no_single_transaction(patch: Patch) -> None:
 
     original, original_hop = PostgresSession.record, SqliteSession._record
 
-    async def record(self: Any, *arguments: Any) -> None:
+    async def record(self: Any, *arguments: Any, **options: Any) -> None:
         await self.connection.execute("COMMIT")
         await self.connection.execute("BEGIN")
-        await original(self, *arguments)
+        await original(self, *arguments, **options)
 
     def record_hop(self: SqliteSession, db: sqlite3.Connection, *arguments: Any) -> None:
         db.set_authorizer(None)
@@ -431,9 +431,11 @@ def _no_started_row(patch: Patch) -> None:
     for session in (PostgresSession, SqliteSession):
         original = session.record
 
-        async def record(self: Any, row: Any, lease: Any, original: Any = original) -> None:
-            if row.status != "started":
-                await original(self, row, lease)
+        async def record(
+            self: Any, row: Any, lease: Any, *, original: Any = original, **options: Any
+        ) -> None:
+            if row.status == "applied":
+                await original(self, row, lease, **{**options, "replaces": None})
 
         patch(session, "record", record)
 
@@ -481,10 +483,11 @@ def _no_patient_commit(patch: Patch) -> None:
 @mechanism("immediate begin")
 def _no_immediate_begin(patch: Patch) -> None:
     """A script's transaction begins to write with its first own change (SQLite)."""
+    from msr.handlers import sqlite
     from msr.handlers.sqlite import SqliteSession
 
-    def begin(self: SqliteSession, db: sqlite3.Connection, _: Any) -> None:
-        self._patiently(db, "BEGIN")
+    def begin(self: SqliteSession, db: sqlite3.Connection, *_: Any) -> None:
+        self._patiently(db, "BEGIN", sqlite.WRITE_BUSY)
 
     patch(SqliteSession, "_begin", begin)
 

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 
 from msr.urls import parse_url
-from tests.support.cli import Result, start_msr
+from tests.support.cli import Result, own_lines, start_msr, unstamped
 from tests.support.queries import exists, query
 from tests.support.rig import Rig
 
@@ -57,7 +57,7 @@ def finish_in_one_line(process: subprocess.Popen[str], timeout: float = 60) -> R
     """`finish`, for a run that says why it fails in one line, after warnings and waiting."""
     end = finish(process, timeout)
     news = ("⚠️  Warning: ", "Waiting for the migration lock")
-    lines = [line for line in end.stderr.splitlines() if not line.startswith(news)]
+    lines = [line for line in own_lines(unstamped(end.stderr)) if not line.startswith(news)]
     assert len(lines) == bool(end.exit_code), end
     assert all(line.startswith("✗ Error: ") for line in lines), end
     return end
@@ -66,7 +66,7 @@ def finish_in_one_line(process: subprocess.Popen[str], timeout: float = 60) -> R
 def wait_for_waiting(process: subprocess.Popen[str]) -> None:
     """Return when it says that it waits for the lock, which is all that it has said."""
     assert process.stderr is not None
-    line = process.stderr.readline()
+    line = unstamped(process.stderr.readline())
     assert line.startswith("Waiting for the migration lock"), line
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,17 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msr.errors import ConfigError
-from msr.scripts import (
-    PreparedScript,
-    Problem,
-    PythonScript,
-    Script,
-    load_python,
-    load_scripts,
-    prepare_script,
-)
-
-UP = "async def up(db): pass\n"
+from msr.scripts import Problem, Script, load_scripts
 
 
 def write(folder: Path, *labels: str, text: str = "SELECT 1;") -> None:
@@ -66,6 +54,23 @@ def test_good_names(tmp_path: Path, label: str, version: int, name: str, kind: s
 
 
 @pytest.mark.parametrize(
+    ("label", "name", "kind"),
+    [
+        ("R_x.sql", "x", "sql"),
+        ("R__x.py", "x", "python"),
+        ("R_1_x.2.sql", "1_x.2", "sql"),
+        ("sub/R_all-views été.sql", "all-views été", "sql"),
+    ],
+)
+def test_repeatable_names(tmp_path: Path, label: str, name: str, kind: str) -> None:
+    """A repeatable script has no version and no way down; the history knows it by its name."""
+    write(tmp_path, label)
+    script = load_one(tmp_path)
+    assert (script.version, script.name, script.kind) == (None, name, kind)
+    assert (script.label, script.key, script.down_path) == (label, name, None)
+
+
+@pytest.mark.parametrize(
     "label",
     [
         "setup.sql",
@@ -84,6 +89,16 @@ def test_good_names(tmp_path: Path, label: str, version: int, name: str, kind: s
         "V\uff11_x.sql",
         "sub/x.down.sql",
         "_x.sql",
+        "R_.sql",
+        "R___.sql",
+        "R.sql",
+        "R_.py",
+        "R-x.sql",
+        "r_x.sql",
+        "R_x.SQL",
+        "R_x.up.sql",
+        "R_x.down.sql",
+        "R_.x.sql",
     ],
 )
 def test_bad_names(tmp_path: Path, label: str) -> None:
@@ -93,6 +108,7 @@ def test_bad_names(tmp_path: Path, label: str) -> None:
     assert scripts == []
     assert (problem.rule, problem.file) == ("bad-name", label)
     assert "V<version>_<name>" in problem.message
+    assert "R_<name>" in problem.message
 
 
 @pytest.mark.parametrize("name", ["V1_a\nb.sql", "V1_\udcff.sql", "V1_\x1b[0m.sql"])
@@ -113,6 +129,8 @@ def test_what_is_passed_over(tmp_path: Path) -> None:
         "._V2_x.sql",
         "helpers.py",
         "vacuum.py",
+        "repeat.py",
+        "r_x.py",
         "README.md",
         "V3_x.txt",
         "V1_x.sql~",
@@ -128,6 +146,12 @@ def test_order_is_by_version(tmp_path: Path) -> None:
     """Numbers, not letters, and not folders, give the order."""
     write(tmp_path, "V10_a.sql", "V9_b.py", "z/V2_c.sql", "a/V011_d.up.sql")
     assert [s.version for s in load_scripts(tmp_path)[0]] == [2, 9, 10, 11]
+
+
+def test_repeatable_scripts_come_last(tmp_path: Path) -> None:
+    """After every version, by their names and not by their folders or kinds."""
+    write(tmp_path, "z/R_a.sql", "R_b.py", "a/R_c.sql", "V2_z.sql", "z/V10_a.sql")
+    assert [s.key for s in load_scripts(tmp_path)[0]] == [2, 10, "a", "b", "c"]
 
 
 def test_down_scripts(tmp_path: Path) -> None:
@@ -160,6 +184,18 @@ def test_duplicate_versions(tmp_path: Path, first: str, second: str) -> None:
     [problem] = load_scripts(tmp_path)[1]
     assert (problem.rule, problem.file) == ("duplicate-version", second)
     assert f" {first}:" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("R_x.sql", "sub/R_x.sql"), ("R_x.py", "R_x.sql"), ("R__x.sql", "sub/R_x.sql")],
+)
+def test_duplicate_names(tmp_path: Path, first: str, second: str) -> None:
+    """Two repeatable scripts of one name are a problem that names both files."""
+    write(tmp_path, first, second, "V1_x.sql", "R_y.sql")
+    [problem] = load_scripts(tmp_path)[1]
+    assert (problem.rule, problem.file) == ("duplicate-name", second)
+    assert f"the same name as {first}:" in problem.message
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
@@ -290,109 +326,3 @@ def test_problem_text() -> None:
     """A problem reads as file, line where there is one, and message."""
     assert str(Problem("r", "a.sql", "is bad", 3)) == "a.sql, line 3: is bad"
     assert str(Problem("r", "a.sql", "is bad")) == "a.sql: is bad"
-
-
-def python(folder: Path, text: str) -> Script:
-    write(folder, "V1_x.py", text=text)
-    return load_one(folder)
-
-
-def test_python_script(tmp_path: Path) -> None:
-    """A Python script's functions come from the text that was read, not from the file."""
-    script = python(
-        tmp_path,
-        "from __future__ import annotations\n"
-        "import dataclasses\n"
-        "@dataclasses.dataclass\n"
-        "class Row:\n"
-        "    x: int\n"
-        "transaction = False\n"
-        "async def up(db): return (db, __file__, Row(1).x)\n"
-        "async def down(db): return 2\n",
-    )
-    script.path.write_text("broken(")
-    loaded = load_python(script)
-    assert isinstance(loaded, PythonScript)
-    assert loaded.transaction is False
-    assert asyncio.run(loaded.up("db")) == ("db", str(script.path), 1)
-    assert loaded.down is not None
-    assert asyncio.run(loaded.down(None)) == 2
-    assert os.listdir(tmp_path) == ["V1_x.py"]
-
-
-def test_python_defaults(tmp_path: Path) -> None:
-    """Without more than `up`, a Python script runs in a transaction and has no way back."""
-    annotated = "def f(x: int): pass\nassert f.__annotations__ == {'x': int}"
-    loaded = load_python(python(tmp_path, f"{UP}{annotated}"))
-    assert isinstance(loaded, PythonScript)
-    assert (loaded.down, loaded.transaction) == (None, True)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("\nasync def up(db:\n", [("python-syntax", 2, "never closed")]),
-        (f"{UP}\0", [("python-syntax", None, "null bytes")]),
-        (f"{UP}import no_such_module\n", [("python-import", 2, "'no_such_module'")]),
-        (f"def f():\n  int('x')\n{UP}f()\n", [("python-import", 2, "ValueError")]),
-        (f"{UP}raise SystemExit(3)\n", [("python-import", 2, "SystemExit: 3")]),
-        (f"{UP}raise ValueError('a\\n\\n b')", [("python-import", 2, "ValueError: a b")]),
-        ("", [("python-up", None, "has no")]),
-        ("def up(db): pass", [("python-up", None, "not a plain 'async def")]),
-        ("async def up(): pass", [("python-up", None, "async def up(db)")]),
-        ("async def up(db): yield", [("python-up", None, "not a plain")]),
-        ("up = 1", [("python-up", None, "not a plain")]),
-        (f"{UP}def down(db): pass", [("python-down", None, "'async def down(db)'")]),
-        (f"{UP}transaction = 'no'", [("python-transaction", None, "'no'")]),
-        ("transaction = 1", [("python-up", None, ""), ("python-transaction", None, "1")]),
-    ],
-)
-def test_python_problems(
-    tmp_path: Path, text: str, expected: list[tuple[str, int | None, str]]
-) -> None:
-    """Everything wrong with a Python script becomes a problem with its line, not a traceback."""
-    problems = prepare_script(python(tmp_path, text), "sqlite").problems
-    assert [(p.rule, p.line) for p in problems] == [(rule, line) for rule, line, _ in expected]
-    for problem, (_, _, words) in zip(problems, expected, strict=True):
-        assert words in problem.message
-        assert "\n" not in problem.message
-
-
-def test_failed_import_leaves_no_module(tmp_path: Path) -> None:
-    """A script that cannot be imported is not left behind half made."""
-    load_python(python(tmp_path, "raise ValueError"))
-    assert "msr_script_V1_x" not in sys.modules
-
-
-def test_interrupt_is_not_swallowed(tmp_path: Path) -> None:
-    """Ctrl-C while a script is imported ends the run."""
-    with pytest.raises(KeyboardInterrupt):
-        load_python(python(tmp_path, "raise KeyboardInterrupt"))
-
-
-def test_prepared_python_script(tmp_path: Path) -> None:
-    """A Python script is prepared with its function and what it says about the transaction."""
-    prepared = prepare_script(python(tmp_path, f"{UP}transaction = False"), "sqlite")
-    assert (prepared.transaction, prepared.problems) == (False, ())
-    assert prepared.up is not None
-    assert prepared.up.__name__ == "up"
-
-
-@pytest.mark.parametrize(
-    ("text", "transaction"), [("SELECT 1;", True), ("-- msr: no-transaction\nCOMMIT;", False)]
-)
-def test_prepared_sql_script(tmp_path: Path, text: str, transaction: bool) -> None:
-    """An SQL script is prepared with what its directive says about the transaction."""
-    write(tmp_path, "V1_x.sql", text=text)
-    assert prepare_script(load_one(tmp_path), "postgresql") == PreparedScript(transaction)
-
-
-def test_problems_of_an_sql_script(tmp_path: Path) -> None:
-    """The problems of an SQL script name its file and their lines, as its dialect has it."""
-    write(tmp_path, "sub/V1_x.sql", text="SELECT 1, [;\nCOMMIT;];")
-    script = load_one(tmp_path)
-    problems = prepare_script(script, "postgresql").problems
-    assert [(p.rule, p.file, p.line) for p in problems] == [
-        ("transaction-control", "sub/V1_x.sql", 2)
-    ]
-    assert prepare_script(script, "sqlite").problems == ()

@@ -15,7 +15,6 @@ from msr.sql import (
     Statement,
     check_statements,
     find_directives,
-    is_transactional,
     line_and_column,
     split_postgres,
     split_sqlite,
@@ -250,7 +249,7 @@ def test_transaction_control(statement: str, named: str | None, dialect: Dialect
         [("transaction-control", 2)] if named else []
     )
     assert all(message.startswith(f"{named} ") for _, _, message in found)
-    assert check_statements(f"-- msr: no-transaction\n{statement};", dialect) == []
+    assert check_statements(f"{statement};", dialect, transaction=False) == []
 
 
 CLIENT: list[tuple[Dialect, str, list[tuple[str, int]]]] = [
@@ -280,23 +279,30 @@ def test_client_commands(dialect: Dialect, script: str, expected: list[tuple[str
     assert [(rule, line) for rule, line, _ in found] == expected
 
 
+def test_client_commands_outside_a_transaction() -> None:
+    """No driver can run them there either."""
+    found = check_statements("VACUUM;\n\\timing\n", "postgresql", transaction=False)
+    assert [(rule, line) for rule, line, _ in found] == [("client-command", 2)]
+
+
 def test_client_command_is_named() -> None:
     """The message says which command it is."""
     assert "\\connect is a command" in check_statements("\\connect db\n", "postgresql")[0][2]
 
 
 @pytest.mark.parametrize(
-    ("script", "rules"),
+    ("script", "transaction", "rules"),
     [
-        ("PRAGMA foreign_keys = OFF;", ["pragma-without-effect"]),
-        ("PRAGMA foreign_keys(0);", ["pragma-without-effect"]),
-        ("PRAGMA foreign_keys;", []),
-        ("-- msr: no-transaction\nPRAGMA foreign_keys = OFF;", []),
+        ("PRAGMA foreign_keys = OFF;", True, ["pragma-without-effect"]),
+        ("PRAGMA foreign_keys(0);", True, ["pragma-without-effect"]),
+        ("PRAGMA foreign_keys;", True, []),
+        ("PRAGMA foreign_keys = OFF;", False, []),
     ],
 )
-def test_pragma_foreign_keys(script: str, rules: list[str]) -> None:
+def test_pragma_foreign_keys(script: str, transaction: bool, rules: list[str]) -> None:
     """Switching foreign keys inside a transaction, which SQLite ignores silently, is named."""
-    assert [rule for rule, _, _ in check_statements(script, "sqlite")] == rules
+    found = check_statements(script, "sqlite", transaction=transaction)
+    assert [rule for rule, _, _ in found] == rules
 
 
 @pytest.mark.parametrize(
@@ -312,14 +318,6 @@ def test_pragma_foreign_keys(script: str, rules: list[str]) -> None:
 def test_directives(script: str, directives: list[tuple[int, str]]) -> None:
     """Directives are comment lines above the first statement, and only there."""
     assert find_directives(script) == directives
-    assert is_transactional(script) == ("no-transaction" not in [word for _, word in directives])
-
-
-def test_unknown_directive() -> None:
-    """A directive that msr does not know is named, so that a misspelt one is not passed over."""
-    [(rule, line, message)] = check_statements("-- x\n-- msr: notransaction\nSELECT 1", "sqlite")
-    assert (rule, line) == ("unknown-directive", 2)
-    assert "'notransaction'" in message
 
 
 @pytest.mark.parametrize("script", ["", "-- SELECT 1;\n", " ;; "])
