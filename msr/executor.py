@@ -110,10 +110,9 @@ class MigrationScriptExecutor:
         """Take back every script that is newer than version `target`, or the `steps` newest.
 
         The newest goes first, each with its `.down.sql` or `down`, in a transaction with the
-        removal of its history row, under the lock. Version 0 takes back all
-        of them (but a script of that version). The
-        repeatable scripts run again at the next `migrate`, for what was taken back may have taken
-        their views along.
+        removal of its history row, under the lock. Version 0 takes back all of them, except a
+        script of that version. The repeatable scripts run again at the next `migrate`, for what was
+        taken back may have taken their views along.
 
         Raises `ValidationError` before anything runs if a script has no way down, `RollbackError`
         when one fails, and what `migrate` raises.

@@ -245,7 +245,7 @@ def test_a_commit_that_is_lost(
     `lookup`: the network is there again in time to look. Without a look the report is a guess.
     """
     lost = lose_commit(proxy, what, how, new=not lookup)
-    bounds = BRIEF if lookup else {**BRIEF, "msr.runner.RESOLVE_BOUND": 0.6}
+    bounds = BRIEF if lookup else {**BRIEF, "msr.unit.RESOLVE_BOUND": 0.6}
     rig = Rig(without=without, bounds=bounds)
     holder = start_migrate(proxy.url, folder, rig=rig, timeout=LEASE)
     assert lost.wait(30)

@@ -272,6 +272,21 @@ class TestHeldLock:
         gate.open()
         assert migration.wait(20) == 0
 
+    def test_progress_of_a_script(self, url: str, folder: Path, gate: Gate) -> None:
+        """How far a script says it is shows in the status and to who waits, before it commits."""
+        script = gate.script("context.progress(40, 100, 'rows')").replace("(db)", "(db, context)")
+        write_scripts(folder, {"V1_slow.py": script})
+        migration = start_msr("migrate")
+        gate.wait()
+        doing = "V1_slow.py (1 of 1), 40 of 100 rows"
+
+        wait_until(lambda: f"Running: {doing}\n" in run_msr("lock:status").stdout)
+        follower = start_msr("migrate")
+
+        assert read_line(follower).endswith(f", running {doing}\n")
+        gate.open()
+        assert (migration.wait(20), follower.wait(20)) == (0, 0)
+
     def test_waits_and_migrates(self, url: str, folder: Path) -> None:
         """While it waits it says for whom on stderr; when the lock is free it goes on."""
         write_scripts(folder, FIRST)

@@ -301,6 +301,9 @@ class LockMachine(RuleBasedStateMachine):
     def renew(self, number: int, which: int) -> None:
         client, lease = pick(self.idle, number), pick(self.leases, -1 - which)
         renewing = client.session.locking.renew(lease)
+        if lease.secured:  # SQLite: its own transaction is what keeps the others away
+            assert self.run(renewing) is True
+            return
         if self.is_writing:
             with pytest.raises(msr.DatabaseBusyError):
                 self.run(renewing)

@@ -121,13 +121,13 @@ def _places(step: str) -> Sequence[tuple[Any, str]]:
     from msr.handlers.postgres_lock import PostgresLocking
     from msr.handlers.sqlite import SqliteSession
     from msr.handlers.sqlite_lock import SqliteLocking
-    from msr.runner import Run
+    from msr.unit import Unit
 
     places: dict[str, Sequence[tuple[Any, str]]] = {
         "acquire": [(PostgresLocking, "acquire"), (SqliteLocking, "acquire")],
-        "script": [(Run, "_apply")],
+        "script": [(Unit, "_attempt")],
         "begin": [(Transaction, "start"), (SqliteSession, "_begin")],
-        "body": [(Run, "_run_body")],
+        "body": [(Unit, "_run_body")],
         "record": [(PostgresSession, "record"), (SqliteSession, "_record")],
         "commit": [(Transaction, "commit"), (SqliteSession, "_commit")],
         "renew": [(PostgresLocking, "renew"), (SqliteLocking, "renew")],

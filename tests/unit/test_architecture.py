@@ -39,7 +39,9 @@ ARROWS: dict[str, set[str]] = {
         "prepare",
         "results",
         "scripts",
+        "unit",
     },
+    "unit": {"config", "errors", "events", "handlers.base", "locking", "plan", "prepare"},
     "executor": {
         "config",
         "errors",
