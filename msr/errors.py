@@ -115,10 +115,11 @@ class MigrationError(MsrError):
 
     `script` is the path below the folder, `line` and `column` (from 1, or None where the database
     does not tell) point into that file, `source` is the line's text, `server_message` is the
-    database's own sentence, `sqlstate` its code, `hint` its advice. `rolled_back` is False where
-    part of the script may have been committed (outside a transaction, or by itself), and None where
-    the connection broke in the commit and its fate is unknown. `applied` names the scripts that
-    this run had applied before, `undone` those that ran in the same transaction.
+    database's own sentence, `sqlstate` its code, `hint` its advice, `detail` what it says besides.
+    `rolled_back` is False where part of the script may have been committed (outside a transaction,
+    or by itself), and None where the connection broke in the commit and its fate is unknown.
+    `applied` names the scripts that this run had applied before, `undone` those that were rolled
+    back with it.
     """
 
     _done = "applied"
@@ -132,6 +133,7 @@ class MigrationError(MsrError):
         column: int | None = None,
         sqlstate: str | None = None,
         hint: str | None = None,
+        detail: str | None = None,
         source: str | None = None,
         undone: Sequence[str] = (),
         rolled_back: bool | None = True,
@@ -143,6 +145,7 @@ class MigrationError(MsrError):
         self.column = column
         self.sqlstate = sqlstate
         self.hint = hint
+        self.detail = detail
         self.source = source
         self.undone = tuple(undone)
         self.rolled_back = rolled_back
@@ -161,7 +164,7 @@ class MigrationError(MsrError):
         others = ", ".join(self.undone)
         undone = {
             True: "the script was rolled back" + (f" with {others}" if others else ""),
-            False: "what the script had committed stays, so check it by hand",
+            False: "what the script had committed stays, so check it by hand, then msr repair",
             None: "whether it was committed is not known, so look with msr list",
         }[self.rolled_back]
         before = f"{self._done} before it: {', '.join(self.applied) or 'nothing'}"

@@ -98,12 +98,16 @@ class LockLost:
 
 @dataclass(frozen=True, slots=True)
 class ScriptStarted:
-    """Script `number` of `total` starts; `script` is its path below the folder."""
+    """Script `number` of `total` starts; `script` is its path below the folder.
+
+    `transaction` is False where it opted out, so that what it does stays if it is interrupted.
+    """
 
     script: str
     number: int
     total: int
     action: Action = "apply"
+    transaction: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,10 @@ class ScriptRetried:
 
 @dataclass(frozen=True, slots=True)
 class ScriptFinished:
-    """What script `number` of `total` did has been committed; `duration` is in seconds."""
+    """What script `number` of `total` did has been committed; `duration` is in seconds.
+
+    With the `action` "forget" nothing ran: a repeatable script will be run again.
+    """
 
     script: str
     number: int

@@ -21,10 +21,10 @@ from msr.errors import (
 from msr.events import Announcer, Listener
 from msr.handlers.base import DatabaseHandler
 from msr.locking import Lease, LockStatus, Owner, finish
-from msr.plan import MIGRATE, Goal, HistoryRow, ScriptStatus, describe, make_plan
+from msr.plan import MIGRATE, UNFINISHED, Goal, HistoryRow, ScriptStatus, describe, make_plan
 from msr.prepare import check_all
 from msr.results import MigrationResult, PlannedScript, ScriptChange
-from msr.runner import Run, load, required
+from msr.runner import Run, load, may_be_held, required
 from msr.scripts import Problem, Script
 from msr.urls import parse_url
 
@@ -222,7 +222,10 @@ class MigrationScriptExecutor:
         goal = self._migrate(None, None, None)
         async with self.handler.connect(self.config) as session:
             plan = make_plan(scripts, await session.read_history(), goal)
-        return [*problems, *found, *plan.problems]
+            standing = plan.problems
+            if any(it.rule == UNFINISHED for it in standing) and await may_be_held(session.locking):
+                standing = tuple(it for it in standing if it.rule != UNFINISHED)
+        return [*problems, *found, *standing]
 
     async def get_lock_status(self) -> LockStatus | None:
         """The lock as it is now; None where the handler has no locking service.

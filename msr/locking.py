@@ -64,6 +64,7 @@ __all__ = [
     "finish",
     "foreign_task_groups",
     "hold",
+    "printable",
     "renew",
 ]
 
@@ -140,6 +141,11 @@ class LockStatus:
     obstacle: str | None = None
 
 
+def printable(text: str) -> str:
+    """The text without what a database, or a terminal, could refuse or obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """The lock while it is ours. `token` is the fencing token: hand it to whatever you guard.
@@ -163,6 +169,13 @@ class Lease:
 
     released: bool = field(default=False, repr=False)
     """True once it is known to have been given back."""
+
+    @property
+    def shown(self) -> str | None:
+        """`running` without what a database could refuse, and so end the lease."""
+        if self.running is None:
+            return None
+        return printable(self.running)
 
     def trust(self, sent: float) -> None:
         """The database confirmed the lease in answer to a request sent at monotonic `sent`."""

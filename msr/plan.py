@@ -318,7 +318,9 @@ def _down(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
             problems.append(Problem("missing-file", entry.label, message))
     # What is rolled back may take views and functions along: they are made anew by the next run.
     repeatable = [entry for entry in entries if entry.version is None and entry.row and chosen]
-    steps = [Step("forget", entry.script, None, entry.row) for entry in repeatable]
+    settled = [entry for entry in repeatable if entry.status not in ("unfinished", "failed")]
+    problems += [_problem(entry, entries) for entry in repeatable if entry not in settled]
+    steps = [Step("forget", entry.script, None, entry.row) for entry in settled]
     return [*steps, *(Step("revert", it.script, None, it.row) for it in chosen)], problems, goal
 
 
@@ -328,7 +330,12 @@ def _baseline(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
     rows = [entry.row for entry in entries if entry.row]
     if [(row.version, row.status) for row in rows] == [(goal.target, "baseline")]:
         return [], [], goal
-    if rows:
+    # Old scripts need not be there any more; but among those that are, a wrong number is a mistake.
+    versions = {entry.version for entry in entries if entry.script and entry.version is not None}
+    if goal.target not in versions and any(version < goal.target for version in versions):
+        raise ConfigError(f"no script has version {goal.target}: see msr list", key="version")
+    mistaken = rows[0] if len(rows) == 1 and rows[0].status == "baseline" else None
+    if rows and not mistaken:
         raise ConfigError(
             "the history is not empty: a baseline is for a database that msr has not migrated yet",
             key="version",
@@ -336,7 +343,7 @@ def _baseline(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
     script = next((entry.script for entry in entries if entry.version == goal.target), None)
     name, checksum = (script.name, script.checksum) if script else ("baseline", "")
     row = HistoryRow(goal.target, name, checksum, "baseline", note=f"baseline by {goal.by}")
-    return [Step("baseline", script, row)], [], goal
+    return [Step("baseline", script, row, mistaken)], [], goal
 
 
 def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
@@ -346,7 +353,9 @@ def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
         status: RowStatus = "applied" if goal.applied else "retry"
         before = f", was: {row.note}" if row.note else ""
         note = f"{entry.status}, repaired as {status} by {goal.by}{before}"
-        repaired = replace(row, status=status, note=note)
+        # What is done is what the file says now, which may have been mended since.
+        checksum = entry.script.checksum if entry.script and goal.applied else row.checksum
+        repaired = replace(row, status=status, checksum=checksum or row.checksum, note=note)
         return [Step("repair", entry.script, repaired, row)], [], goal
     if entry and row and entry.script and goal.checksum == entry.script.checksum:
         if row.checksum == goal.checksum:
@@ -356,11 +365,15 @@ def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
             repaired = replace(row, checksum=goal.checksum, name=entry.script.name, note=note)
             return [Step("repair", entry.script, repaired, row)], [], goal
     what = f"{goal.key!r}" if isinstance(goal.key, str) else f"version {goal.key}"
-    if entry and entry.status in ("unfinished", "failed"):
+    if entry is None:
+        raise ConfigError(f"there is no {what}: see msr list")
+    if entry.status == "missing":
+        raise ConfigError(f"the file of {what} is gone: restore it")
+    if entry.status in ("unfinished", "failed"):
         raise ConfigError(f"{what} is {entry.status}: say --applied or --retry")
-    if entry and entry.status == "changed" and goal.checksum is not None:
+    if entry.status == "changed" and goal.checksum is not None:
         raise ConfigError(f"{what} was edited again meanwhile: look at it anew")
-    raise ConfigError(f"{what} is not unfinished, so there is nothing to repair")
+    raise ConfigError(f"{what} is {entry.status}, so there is nothing to repair")
 
 
 def _problem(entry: _Entry, entries: Sequence[_Entry]) -> Problem:

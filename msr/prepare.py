@@ -32,7 +32,7 @@ from typing import Any, Literal
 from msr.config import Config, script_timeout
 from msr.errors import ConfigError
 from msr.scripts import Problem, Script, read_script
-from msr.sql import Dialect, check_statements, find_directives
+from msr.sql import Dialect, check_statements, find_directives, line_and_column
 
 __all__ = ["Direction", "Options", "PreparedScript", "ScriptContext", "check_all", "prepare"]
 
@@ -41,6 +41,12 @@ Direction = Literal["up", "down"]
 Function = Callable[[Any, "ScriptContext"], Coroutine[Any, Any, object]]
 
 _DIRECTIVES = "'-- msr: no-transaction', 'lock_timeout=5s' or 'statement_timeout=10m'"
+_LIKE_A_DIRECTIVE = re.compile(
+    r"--[^\S\n]*msr\b:?[^\S\n]*(?:no-transaction|(?:lock|statement)_timeout)", re.IGNORECASE
+)
+_OTHER_TOOLS = re.compile(
+    r"^--[^\S\n]*(?:\+(?:goose|migrate)|migrate:(?:up|down))\b.*", re.MULTILINE
+)
 _MODULE = "msr_script_"
 NO_LINES: Mapping[str, int] = types.MappingProxyType({})
 
@@ -134,7 +140,7 @@ def _no_way_down(script: Script) -> Problem:
         stem = script.label.removesuffix(".sql").removesuffix(".up")
         way_out = f"write {stem}.down.sql"
         if not script.label.endswith(".up.sql"):
-            way_out += f", and name it {stem}.up.sql"
+            way_out = f"rename it to {stem}.up.sql, and {way_out} beside it"
     message = f"has no way down, so nothing can be rolled back to before it: {way_out}"
     return Problem("no-way-down", script.label, message)
 
@@ -154,7 +160,24 @@ def _read_directives(text: str, label: str) -> tuple[Options, list[Problem]]:
             message = f"unknown directive {directive!r}: use {_DIRECTIVES}"
             problems.append(Problem("unknown-directive", label, message, line))
     options, wrong = _options(given, label, lines)
-    return options, problems + wrong
+    return options, [*problems, *wrong, *_stray_directives(text, label)]
+
+
+def _stray_directives(text: str, label: str) -> Iterator[Problem]:
+    """What was meant to tell us, or another tool, something, and does not."""
+    good = {line for line, _ in find_directives(text)}
+    for match in _LIKE_A_DIRECTIVE.finditer(text):
+        line, _ = line_and_column(text, match.start())
+        if line not in good:
+            message = f"{match[0]!r} has no effect here: write '-- msr: ...' on a line of its own, "
+            message += "above the first statement"
+            yield Problem("stray-directive", label, message, line)
+    if found := _OTHER_TOOLS.search(text):
+        line, _ = line_and_column(text, found.start())
+        message = (
+            f"{found[0].strip()!r} is another tool's: put each direction into a file of its own"
+        )
+        yield Problem("other-tools", label, f"{message}, .up.sql and .down.sql", line)
 
 
 def _options(

@@ -43,13 +43,14 @@ class MigrationResult:
 
 @dataclass(frozen=True, slots=True)
 class PlannedScript:
-    """One script that a run would apply or revert.
+    """One script that a run would apply or revert, or a repeatable one that it would forget.
 
-    `script` is the path below the folder of the file that would run, `text` what is in it.
-    `transaction` is False where it opted out.
+    What is forgotten is run again by the next `migrate`. `script` is the path below the folder of
+    the file that would run, `text` what is in it, empty where nothing runs. `transaction` is False
+    where it opted out.
     """
 
-    action: Literal["apply", "revert"]
+    action: Literal["apply", "revert", "baseline", "repair", "forget"]
     version: int | None
     name: str
     script: str

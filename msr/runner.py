@@ -19,7 +19,6 @@ import anyio.to_thread
 from msr.config import Config
 from msr.errors import (
     DatabaseBusyError,
-    DatabaseError,
     LockError,
     LockLostError,
     MsrError,
@@ -43,7 +42,6 @@ from msr.locking import (
     LockStatus,
     Owner,
     hold,
-    renew,
 )
 from msr.plan import MIGRATE, UNFINISHED, Goal, Plan, Step, make_plan
 from msr.prepare import PreparedScript, prepare
@@ -51,7 +49,7 @@ from msr.results import ExecutedScript, MigrationResult, PlannedScript
 from msr.scripts import Problem, Script, load_scripts
 from msr.unit import NumberedStep, Unit, units
 
-__all__ = ["Run", "load", "locking_connection", "required"]
+__all__ = ["Run", "load", "locking_connection", "may_be_held", "required"]
 
 logger = logging.getLogger("msr")
 
@@ -115,20 +113,20 @@ class Run:
         self.scripts, self.broken = await load(self.config)
         async with self.handler.connect(self.config) as session:
             plan = await self._checked_plan(session)
-            if plan.problems and not await _may_be_held(session.locking):
+            if plan.problems and not await may_be_held(session.locking):
                 raise ValidationError([await self._explained(session, it) for it in plan.problems])
         return [
             PlannedScript(
-                action="apply" if step.action == "apply" else "revert",
-                version=step.script.version,
-                name=step.script.name,
-                script=self.prepared[step.key].label,
-                kind=step.script.kind,
-                transaction=self.prepared[step.key].options.transaction,
-                text=self.prepared[step.key].text,
+                action=it.step.action,
+                version=it.step.script.version,
+                name=it.step.script.name,
+                script=it.label,
+                kind=it.step.script.kind,
+                transaction=it.transaction,
+                text=it.prepared.text if it.prepared is not None else "",
             )
-            for step in plan.steps
-            if step.runs_script and step.script
+            for it in self._numbered(plan)
+            if it.step.script
         ]
 
     def result(self) -> MigrationResult:
@@ -169,17 +167,22 @@ class Run:
         everything = self.goal.command == "migrate"
         problems = [it for it in self.broken if everything or it.file in concerned]
         problems += [await self._explained(session, problem) for problem in _lasting(plan)]
+        await self._make_ready(steps, problems)
+        return plan
+
+    async def _make_ready(self, steps: Sequence[Step], problems: Sequence[Problem] = ()) -> None:
+        """Prepare the scripts that are to run; with one problem or more nothing does."""
+        found = [*problems]
         if steps:
-            self.prepared = await anyio.to_thread.run_sync(self._prepare, steps)
+            self.prepared |= await anyio.to_thread.run_sync(self._prepare, steps)
         for ready in self.prepared.values():
-            problems += ready.problems
+            found += ready.problems
             if self.batch and not ready.options.transaction:
                 message = "opts out of the transaction, so it cannot run in one with others: "
                 message += "let this run do without a single transaction"
-                problems.append(Problem("no-transaction-in-batch", ready.label, message))
-        if problems:
-            raise ValidationError(problems)
-        return plan
+                found.append(Problem("no-transaction-in-batch", ready.label, message))
+        if found:
+            raise ValidationError(found)
 
     def _locks(self, session: Session) -> bool:
         return self.use_lock and session.locking is not None
@@ -255,8 +258,8 @@ class Run:
         if plan.problems:
             raise ValidationError([await self._explained(session, it) for it in plan.problems])
         running = [step for step in plan.steps if step.runs_script]
-        if not all(step.key in self.prepared for step in running):
-            raise DatabaseError("the history changed under us: see msr list, then try again")
+        if unknown := [step for step in running if step.key not in self.prepared]:
+            await self._make_ready(unknown)  # meanwhile another has taken something back
         if not all(self.prepared[step.key].options.transaction for step in running):
             await session.require_outside_transaction()
         if lease is not None:
@@ -264,11 +267,11 @@ class Run:
         for step in plan.steps:
             if step.row and step.row.status == "retry" and step.script:
                 for leftover in await session.find_leftovers(step.script.text):
+                    # No fence can hold this back, so our session must be one that can be ended.
+                    await session.require_outside_transaction()
                     await session.drop_leftover(leftover)
         steps = self._numbered(plan)
         for some in units(steps, batch=self.batch):
-            if lease is not None and lease.is_due and session.locking is not None:
-                await renew(session.locking, lease)  # where the heartbeat has no connection
             following = next((str(it) for it in steps[steps.index(some[-1]) + 1 :]), None)
             await Unit(
                 some,
@@ -286,19 +289,19 @@ class Run:
         """It is committed."""
         step = it.step
         self.recorded.append(step)
-        if it.prepared is None or step.script is None:
-            return
-        self.executed.append(
-            ExecutedScript(
-                version=step.script.version,
-                name=step.script.name,
-                script=it.label,
-                duration=duration,
-                action="apply" if step.action == "apply" else "revert",
+        if it.prepared is not None and step.script is not None:
+            self.executed.append(
+                ExecutedScript(
+                    version=step.script.version,
+                    name=step.script.name,
+                    script=it.label,
+                    duration=duration,
+                    action="apply" if step.action == "apply" else "revert",
+                )
             )
-        )
-        label, number, total = it.place
-        self.tell(ScriptFinished(label, number, total, duration, step.action))
+        if it.prepared is not None or step.action == "forget":
+            label, number, total = it.place
+            self.tell(ScriptFinished(label, number, total, duration, step.action))
 
     def _numbered(self, plan: Plan) -> list[NumberedStep]:
         """The steps, the scripts among them counted."""
@@ -349,7 +352,7 @@ def required(locking: LockingService | None) -> LockingService:
     return locking
 
 
-async def _may_be_held(locking: LockingService | None) -> bool:
+async def may_be_held(locking: LockingService | None) -> bool:
     """Whether somebody may be at work now."""
     if locking is None:
         return False

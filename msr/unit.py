@@ -17,7 +17,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from msr.errors import (
 )
 from msr.events import Event, ScriptFailed, ScriptProgress, ScriptRetried, ScriptStarted
 from msr.handlers.base import NO_LIMITS, Limits, Session, StatementError
-from msr.locking import Lease, finish, foreign_task_groups
+from msr.locking import Lease, finish, foreign_task_groups, printable, renew
 from msr.plan import HistoryRow, RowStatus, Step
 from msr.prepare import PreparedScript, ScriptContext
 
@@ -48,7 +48,10 @@ LONGEST_PAUSE = 30.0
 """Seconds between two attempts at a script that waited too long for a lock."""
 
 LOCK_TIMEOUT = "55P03"
-"""The sqlstate of a statement that waited longer than `lock_timeout`."""
+CANCELED = "57014"
+IN_TRANSACTION = "25001"
+"""The sqlstate of a statement that waited longer than `lock_timeout`, of one that was cancelled (by
+`statement_timeout`, most of all), and of one that must not be inside a transaction."""
 
 KEPT_TEXT = 1_000_000
 """Characters of a script that the history keeps, to show later what was edited."""
@@ -65,7 +68,9 @@ class NumberedStep:
 
     @property
     def label(self) -> str:
-        return self.prepared.label if self.prepared else str(self.step.key)
+        if self.prepared is not None:
+            return self.prepared.label
+        return self.step.script.label if self.step.script else str(self.step.key)
 
     @property
     def place(self) -> tuple[str, int, int]:
@@ -143,13 +148,15 @@ class Unit:
                 waited = getattr(error, "sqlstate", LOCK_TIMEOUT) == LOCK_TIMEOUT
                 if not waited or attempt > retries:
                     if waited and retries and isinstance(error, MigrationError):
-                        error.hint = f"tried {attempt} times; find the session that has the lock"
+                        error.hint = f"tried {attempt} times; another session keeps what it needs"
                     self.tell(ScriptFailed(*self._current.place, error))
                     raise
                 seconds = pause * random.uniform(0.8, 1.2)
-                self.tell(ScriptRetried(*self._current.place, attempt, seconds, str(error)))
+                reason = getattr(error, "server_message", str(error))
+                self.tell(ScriptRetried(*self._current.place, attempt, seconds, reason))
             await anyio.sleep(seconds)
-            pause = min(pause * 2, LONGEST_PAUSE)
+            longest = self.lease.timeout / 3 if self.lease is not None else LONGEST_PAUSE
+            pause = min(pause * 2, LONGEST_PAUSE, longest)
 
     @property
     def _patience(self) -> float:
@@ -159,6 +166,8 @@ class Unit:
         return max(self._limits(it).lock_timeout for it in self.steps)
 
     async def _attempt(self) -> None:
+        if self.lease is not None and self.lease.is_due and self.session.locking is not None:
+            await renew(self.session.locking, self.lease)  # where the heartbeat has no connection
         self._current, self._durations, self._recording = self.steps[0], {}, False
         failure: BaseException | None = None
         try:
@@ -189,9 +198,10 @@ class Unit:
     async def _in_transaction(self) -> None:
         async with self.session.transaction(self.lease, self._patience):
             for it in self.steps:
-                await self._run(it)
-                self._recording = it is self.steps[-1]
-                await self._record(it, self._row(it.step), it.step.replaces)
+                async with self.session.nested() if len(self.steps) > 1 else nullcontext():
+                    await self._run(it)
+                    self._recording = it is self.steps[-1]
+                    await self._record(it, self._row(it.step), it.step.replaces)
 
     async def _outside_transaction(self, it: NumberedStep) -> None:
         up = it.step.action == "apply"
@@ -199,19 +209,29 @@ class Unit:
         assert row is not None, "a script has a row before it or after it"
         begun: RowStatus = "started" if up else "reverting"
         token = self.lease.token if self.lease is not None else None
-        begun_row = replace(row, status=begun, token=token, note=None, noted_at=None)
+        begun_row = replace(
+            row,
+            status=begun,
+            token=token,
+            started_at=None,
+            duration=None,
+            executed_by=self.lease.locked_by if self.lease is not None else self.locked_by,
+            database_user=None,
+            note=None,
+            noted_at=None,
+        )
         async with self.session.transaction(self.lease):
             await self._record(it, begun_row, it.step.replaces)
         try:
             await self._run(it)
-        except Exception as error:
+        except BaseException as error:
             if it.prepared is not None and _is_of_the_script(error):
                 failed: RowStatus = "failed" if up else "revert-failed"
                 note = self._failure(it.prepared, error, False).place_and_message
                 # If that is not to be, it stays as begun, which says the same with less certainty.
                 with suppress(MsrError, StatementError):
                     async with self.session.transaction(self.lease):
-                        failed_row = replace(begun_row, status=failed, note=note)
+                        failed_row = replace(begun_row, status=failed, note=printable(note))
                         await self.session.record(failed_row, self.lease, replaces=begun_row)
             raise
         async with self.session.transaction(self.lease):
@@ -226,7 +246,8 @@ class Unit:
         script, text = it.step.script, None
         if script and row and row.checksum == script.checksum and len(script.text) <= KEPT_TEXT:
             text = script.text
-        await self.session.record(row, self.lease, replaces=replaces, text=text or None)
+        last = self._recording or not it.transaction
+        await self.session.record(row, self.lease, replaces=replaces, text=text or None, last=last)
 
     def _row(self, step: Step) -> HistoryRow | None:
         """The row to record, with who did it and how long its script took."""
@@ -251,7 +272,9 @@ class Unit:
         self._current = it
         if it.prepared is None:
             return
-        self.tell(ScriptStarted(*it.place, it.step.action))
+        if self.lease is not None:
+            self.lease.running = str(it)
+        self.tell(ScriptStarted(*it.place, it.step.action, it.transaction))
         started = time.monotonic()
         async with self.session.limited(self._limits(it)):
             await self._run_body(it, it.prepared)
@@ -295,13 +318,19 @@ class Unit:
         it = self._current
         if isinstance(error, StatementError):
             line = error.line or _line_in(prepared.path, error.__cause__)
-            column, hint = error.column, error.hint
+            column, hint, detail = error.column, error.hint, error.detail
             message, sqlstate = error.message, error.sqlstate
             committed = committed or error.committed
         else:
-            line, column, hint = _line_in(prepared.path, error), None, getattr(error, "hint", None)
+            line, column = _line_in(prepared.path, error), None
+            hint, detail = getattr(error, "hint", None), getattr(error, "detail", None)
             sqlstate = getattr(error, "sqlstate", None)
             message = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
+        if sqlstate == CANCELED and (limit := self._limits(it).statement_timeout):
+            hint = f"its statement_timeout is {limit:g} s"
+        elif sqlstate == IN_TRANSACTION:
+            hint = "start the script with '-- msr: no-transaction'"
+        rolled_back = None if committed is None else it.transaction and not committed
         kind = MigrationError if it.step.action == "apply" else RollbackError
         return kind(
             it.label,
@@ -310,13 +339,14 @@ class Unit:
             column=column,
             sqlstate=sqlstate,
             hint=hint,
+            detail=detail,
             source=prepared.text.split("\n")[line - 1] if line else None,
             undone=[
                 other.label
                 for other in self.steps
-                if other is not it and other.step.key in self._durations
+                if other is not it and other.step.key in self._durations and rolled_back
             ],
-            rolled_back=None if committed is None else it.transaction and not committed,
+            rolled_back=rolled_back,
             applied=self.before,
         )
 
@@ -335,7 +365,7 @@ def _is_of_the_script(error: BaseException) -> bool:
 
 def _progress(done: float, total: float | None, note: str) -> str:
     text = f"{done:g}" if total is None else f"{done:g} of {total:g}"
-    return f"{text} {' '.join(note.split())}".strip()
+    return f"{text} {printable(' '.join(note.split()))}".strip()
 
 
 def _line_in(path: Path, error: BaseException | None) -> int | None:

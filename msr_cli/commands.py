@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
@@ -11,7 +13,15 @@ import typer
 import msr
 from msr_cli import render, terminal
 from msr_cli.options import NoLock, NoWait, Wait, config_from, wait_from
-from msr_cli.running import Common, Interrupted, command, confirmed, run_async, to_stderr
+from msr_cli.running import (
+    Common,
+    Interrupted,
+    command,
+    confirmed,
+    echo,
+    run_async,
+    to_stderr,
+)
 
 __all__ = ["add_commands"]
 
@@ -59,7 +69,7 @@ def _migrate(
     wait: Wait = None,
     no_wait: NoWait = False,
 ) -> None:
-    """Apply every pending script, or those up to version TARGET, under the lock."""
+    """Apply what is pending, up to version TARGET."""
     _check_run(target, steps, dry_run, sql, no_lock or no_wait or wait is not None)
     how: dict[str, Any] = {
         "steps": steps,
@@ -85,7 +95,7 @@ def _down(
     wait: Wait = None,
     no_wait: NoWait = False,
 ) -> None:
-    """Take back every script that is newer than version TARGET (0: all), under the lock."""
+    """Roll back what is newer than version TARGET (0: all)."""
     _check_run(target, steps, dry_run, sql, no_lock or no_wait or wait is not None)
     how: dict[str, Any] = {"steps": steps, "single_transaction": single_transaction or None}
     if dry_run:
@@ -115,7 +125,7 @@ def _show_plan(
     if common.json:
         common.show("", {"plan": [render.planned(script, with_text=sql) for script in scripts]})
     elif sql:
-        typer.echo(render.plan_text(scripts))
+        echo(render.plan_text(scripts))
     else:
         terminal.show_table(*render.plan_table(scripts))
 
@@ -133,8 +143,7 @@ def _run(
         try:
             result = run_async(lambda: work(runner), quiet=common.json)
         except Interrupted as error:
-            error.applied = progress.applied
-            raise
+            raise Interrupted(error.signum, progress.applied, progress.outside) from None
     common.finish(render.migration_result(result, what), render.document(result))
 
 
@@ -145,13 +154,14 @@ def _list(
         typer.Option("-n", metavar="N", min=1, help="Only the last N.", show_default=False),
     ] = None,
 ) -> None:
-    """Show every script, applied and pending."""
+    """Show every script and what became of it."""
     rows = run_async(common.open().list)
     shown = rows if number is None else rows[-number:]
     if common.json:
         common.show("", {"scripts": shown, "total": len(rows)})
     else:
-        terminal.show_table(*render.script_table(rows, shown, common.verbose))
+        brief = sys.stdout.isatty()
+        terminal.show_table(*render.script_table(rows, shown, common.verbose, brief))
 
 
 def _validate(
@@ -160,7 +170,7 @@ def _validate(
         bool, typer.Option("--database", help="Also compare the scripts with the history.")
     ] = False,
 ) -> None:
-    """Find everything that is wrong with the scripts; exit 2 if anything is."""
+    """Find all that is wrong with the scripts."""
     if database or common.executor is not None:
         runner = common.open()
         if database:
@@ -186,7 +196,7 @@ def _new(
     sql: Annotated[bool, typer.Option("--sql", help="In SQL (the default).")] = False,
     python: Annotated[bool, typer.Option("--python", help="In Python.")] = False,
 ) -> None:
-    """Write a new script, with a version of its own and both directions."""
+    """Write a new script, both directions."""
     if sql and python:
         raise msr.ConfigError("contradicts --sql", source="--python")
     if common.executor is not None:
@@ -205,7 +215,7 @@ def _baseline(
     wait: Wait = None,
     no_wait: NoWait = False,
 ) -> None:
-    """Start with a database that exists: record everything up to VERSION as being there."""
+    """Start with a database that exists already."""
     seconds = wait_from(wait, no_wait)
     with terminal.progress(quiet=True, waiting=not common.quiet) as progress:
         runner = common.open(progress)
@@ -231,7 +241,9 @@ def _repair(
     wait: Wait = None,
     no_wait: NoWait = False,
 ) -> None:
-    """Settle a script that failed, or was never finished, outside a transaction; or accept edits.
+    """Settle failed scripts, or accept edits.
+
+    A script that failed, or was never finished, outside a transaction: --applied or --retry.
 
     An edit of an applied script is shown, and accepted if you say so: it is recorded, not run.
     """
@@ -240,7 +252,7 @@ def _repair(
         raise msr.ConfigError("contradicts --retry", source="--applied")
     with terminal.progress(quiet=True, waiting=not common.quiet) as progress:
         runner = common.open(progress)
-        key = int(version) if version is not None and version.isdecimal() else version
+        key = _key(version)
         if applied or retry:
             if key is None:
                 raise msr.ConfigError(
@@ -250,9 +262,18 @@ def _repair(
             outcome = "recorded as applied" if applied else "the next msr migrate runs it again"
             assert row is not None, "it raises unless there is something to settle"
             name = row.name if row.version is None else f"Version {row.version} ({row.name})"
-            common.finish(f"✓ {name}: {outcome}", {"repaired": [row], "applied": applied})
+            common.finish(f"✓ {name}: {outcome}", {"settled": render.settled(row, applied)})
             return
         _accept_edits(common, runner, key, yes, seconds)
+
+
+def _key(script: str | None) -> int | str | None:
+    """What names a script in the history, from that or from its file's name."""
+    if script is None:
+        return None
+    if found := re.fullmatch(r"V?([0-9]+)(?:_.*)?", script):
+        return int(found[1])
+    return re.sub(r"^R_+|\.(?:sql|py)$", "", script)
 
 
 def _accept_edits(
@@ -269,15 +290,21 @@ def _accept_edits(
         changes = [change for change in changes if change.version == key]
         if not changes:
             run_async(lambda: runner.repair(key, wait=wait))  # says why there is nothing to do
+    elif not changes:
+        stuck = [it for it in run_async(runner.list) if it.status in ("unfinished", "failed")]
+        for script in stuck:
+            name = script.name if script.version is None else script.version
+            way_out = f"say 'msr repair {name} --applied' or '--retry'"
+            raise msr.ConfigError(f"{script.file or script.name} is {script.status}: {way_out}")
     if changes and not common.json:
-        typer.echo("\n".join(render.difference(change) for change in changes))
+        echo("\n".join(render.difference(change) for change in changes))
     if changes and not yes and not confirmed(render.ACCEPT, "accepted"):
-        typer.echo("\n✓ Operation cancelled")
+        echo("\n✓ Operation cancelled")
         return
     for change in changes:
         run_async(partial(runner.repair, change.version, checksum=change.checksum, wait=wait))
         if not (common.json or common.quiet):
-            typer.echo(f"Accepted {change.script}")
+            echo(f"Accepted {change.script}")
     text = "✓ Nothing to repair: no applied script was edited"
     if changes:
         text = f"✓ {render.count(len(changes))} accepted as edited"

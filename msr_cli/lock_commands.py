@@ -8,7 +8,7 @@ import typer
 
 import msr
 from msr_cli import render
-from msr_cli.running import Common, command, confirmed, run_async
+from msr_cli.running import Common, command, confirmed, echo, run_async
 
 __all__ = ["add_commands"]
 
@@ -56,9 +56,9 @@ def _release(
     released = None
     if status.is_locked:
         if not common.json and not (common.quiet and yes):
-            typer.echo(f"\n{render.release_warning(status)}")
+            echo(f"\n{render.release_warning(status)}")
         if not yes and not confirmed(render.PROMPT, "released"):
-            typer.echo("\n✓ Operation cancelled")
+            echo("\n✓ Operation cancelled")
             return
         released = run_async(
             lambda: runner.force_release_lock(

@@ -39,6 +39,7 @@ __all__ = [
     "retried",
     "script_progress",
     "script_table",
+    "settled",
     "waiting",
 ]
 
@@ -140,9 +141,9 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]], str]
 
 
 def script_table(
-    rows: Sequence[msr.ScriptStatus], shown: Sequence[msr.ScriptStatus], verbose: bool = False
+    rows: Sequence[msr.ScriptStatus], shown: Sequence[msr.ScriptStatus], verbose: bool, brief: bool
 ) -> Table:
-    """A row for each script `shown`, and a line that counts them all."""
+    """A row for each script `shown`, and a line that counts them all; `brief`: times in seconds."""
     headers = ["Version", "Status", "Applied at", "Duration", "Script", "By"]
     if verbose:
         headers += ["Token", "Note"]
@@ -151,7 +152,7 @@ def script_table(
         line = [
             "R" if row.version is None else str(row.version),
             row.status,
-            "" if row.started_at is None else _time(row.started_at),
+            "" if row.started_at is None else _time(row.started_at)[: 19 if brief else None],
             "" if row.duration is None else duration(row.duration),
             row.file or f"({row.name})",
             _who(row),
@@ -187,7 +188,8 @@ def plan_table(scripts: Sequence[msr.PlannedScript]) -> Table:
         )
         for number, script in enumerate(scripts, 1)
     ]
-    summary = f"{count(len(scripts))} would run; nothing was changed"
+    running = sum(script.action != "forget" for script in scripts)
+    summary = f"{count(running)} would run; nothing was changed"
     return ("", "Action", "Version", "Script", "Transaction"), rows, summary
 
 
@@ -199,13 +201,19 @@ def plan_text(scripts: Sequence[msr.PlannedScript]) -> str:
         text = script.text.rstrip()
         if script.kind == "python":
             text = "\n".join(f"-- {line}".rstrip() for line in text.splitlines())
-        parts.append(f"-- {script.action} {script.script}{outside}\n{text}\n")
+        parts.append(f"-- {script.action} {script.script}{outside}\n{text}".rstrip() + "\n")
     return "\n".join(parts) if parts else "-- nothing to do"
 
 
 def planned(script: msr.PlannedScript, *, with_text: bool) -> dict[str, object]:
     known = document(script)
     return known if with_text else {name: known[name] for name in known if name != "text"}
+
+
+def settled(row: msr.HistoryRow, applied: bool) -> dict[str, object]:
+    """What a repair made of a row as it was found."""
+    recorded = "applied" if applied else "retry"
+    return {"version": row.version, "name": row.name, "found": row.status, "recorded": recorded}
 
 
 def difference(change: msr.ScriptChange) -> str:
@@ -228,6 +236,8 @@ def migration_result(result: msr.MigrationResult, command: str = "migrate") -> s
         return f"✓ {count(len(result.executed))} {done} in {duration(result.duration)}{others}"
     if result.followed:
         return f"✓ Nothing left to do: another process {done} {count(result.pending_before)}"
+    if command != "migrate":
+        return "✓ Nothing to do: no script is newer"
     return f"✓ Nothing to do: {count(result.applied_before)} applied already"
 
 
@@ -241,6 +251,8 @@ def waiting(status: msr.LockStatus) -> str:
 
 
 def finished(event: msr.ScriptFinished) -> str:
+    if event.action == "forget":
+        return f"{event.script} runs again at the next migrate"
     done = "Applied" if event.action == "apply" else "Rolled back"
     return f"{done} {event.script} ({duration(event.duration)})"
 
@@ -260,10 +272,13 @@ def excerpt(error: msr.MigrationError) -> str:
     gutter = f"  {error.line} | "
     start = max(0, column - 80) if len(source) > 120 else 0
     line = _visible(source[start : start + 120])
-    if error.column is None:
-        return f"{gutter}{line}"
-    indent = re.sub(r"[^\t]", " ", line[: column - 1 - start])
-    return f"{gutter}{line}\n{' ' * (len(gutter) - 2)}| {indent}^"
+    margin = " " * (len(gutter) - 2)
+    lines = [f"{gutter}{line}"]
+    if error.column is not None:
+        indent = re.sub(r"[^\t]", " ", line[: column - 1 - start])
+        lines.append(f"{margin}| {indent}^")
+    lines += [f"{margin}| {_visible(text)}" for text in (error.detail or "").splitlines()]
+    return "\n".join(lines)
 
 
 def _visible(text: str) -> str:

@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -29,7 +29,16 @@ import typer
 import msr
 from msr_cli import options, render
 
-__all__ = ["EXIT_CODES", "Common", "Interrupted", "command", "confirmed", "run_async", "to_stderr"]
+__all__ = [
+    "EXIT_CODES",
+    "Common",
+    "Interrupted",
+    "command",
+    "confirmed",
+    "echo",
+    "run_async",
+    "to_stderr",
+]
 
 T = TypeVar("T")
 
@@ -45,14 +54,19 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 
 class Interrupted(msr.MsrError):
-    """Ended by a signal, after everything was put back in order."""
+    """Ended by a signal, after everything was put back in order.
 
-    def __init__(self, signum: int) -> None:
+    `applied` names what was done before, `left` a script that ran outside a transaction.
+    """
+
+    def __init__(self, signum: int, applied: Sequence[str] = (), left: str | None = None) -> None:
         self.signum = signum
-        self.applied: Sequence[str] = ()
-        super().__init__(
-            f"interrupted by {signal.Signals(signum).name}: what ran in a transaction is undone"
-        )
+        self.applied = tuple(applied)
+        self.left = left
+        undone = "what ran in a transaction is undone"
+        if left is not None:
+            undone = f"{left} ran outside a transaction: check by hand what it did, then msr repair"
+        super().__init__(f"interrupted by {signal.Signals(signum).name}: {undone}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +94,11 @@ class Common:
         if self.json:
             self.show("", document)
         elif not self.quiet:
-            typer.echo(text)
+            echo(text)
 
     def show(self, text: str, document: Mapping[str, Any]) -> None:
         """Print what the command was called for."""
-        typer.echo(render.as_json(document) if self.json else text)
+        echo(render.as_json(document) if self.json else text)
 
 
 def command(
@@ -145,7 +159,7 @@ def _guarded(work: Callable[[], None], common: Common, unreachable: int) -> None
     if common.debug:
         traceback.print_exception(failure)
     if common.json:
-        typer.echo(render.error_as_json(failure))
+        echo(render.error_as_json(failure))
     to_stderr(f"✗ Error: {render.one_line(failure)}")
     if isinstance(failure, msr.MigrationError) and failure.source and not common.json:
         to_stderr(render.excerpt(failure))
@@ -186,10 +200,10 @@ def run_async(work: Callable[[], Awaitable[T]], *, quiet: bool = False) -> T:
 
 def confirmed(prompt: str, done: str) -> bool:
     """Ask, on the last line of a terminal. Raises `MsrError`, nothing `done`, without an answer."""
-    typer.echo(f"\n{prompt}", nl=False)
+    echo(f"\n{prompt}", end="")
     answer = sys.stdin.readline()
     if not (sys.stdin.isatty() and answer.endswith("\n")):
-        typer.echo()  # the line is still open: no Enter, or one that was not echoed
+        echo("")  # the line is still open: no Enter, or one that was not echoed
     if not answer:
         raise msr.MsrError(
             f"no answer, so nothing was {done}: answer y, or add --yes where nobody can answer"
@@ -197,5 +211,21 @@ def confirmed(prompt: str, done: str) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
+def echo(text: str, end: str = "\n") -> None:
+    """Print to standard output, as long as somebody reads it.
+
+    Whoever stops reading (`msr list | head`) wants no more, and it is no failure of what was done.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for what else there is to say
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the same
+        raise msr.MsrError(f"the output cannot be written: {error.strerror}") from error
+
+
 def to_stderr(text: str) -> None:
-    typer.echo(text, err=True)
+    """Print to standard error; that it cannot be written is nothing that could be said."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

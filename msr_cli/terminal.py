@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-import typer
-
 import msr
 from msr_cli import render
+from msr_cli.running import echo, to_stderr
 
 __all__ = ["Progress", "progress", "show_table"]
 
 TELL_EVERY = 10.0
 """Seconds between two lines that say the same of a holder, or how far a script is."""
+
+WHOLE = ("Version", "Status", "Applied at", "Duration", "Action")
+"""The columns that are never broken; the others are, in a narrow terminal."""
 
 STYLES = {
     "applied": "green",
@@ -44,8 +46,8 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]], summary: s
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for line in table:
             cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            typer.echo("  ".join(cells).rstrip())
-    typer.echo(f"\n{summary}")
+            echo("  ".join(cells).rstrip())
+    echo(f"\n{summary}")
 
 
 def _show_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -56,7 +58,7 @@ def _show_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
-        table.add_column(header, overflow="fold", no_wrap=header in ("Version", "Status"))
+        table.add_column(header, overflow="fold", no_wrap=header in WHOLE)
     for row in rows:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     Console(highlight=False).print(table)
@@ -80,15 +82,21 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False, waiting: bool = True, verbose: bool = False) -> None:
         self.applied: list[str] = []
+        self.outside: str | None = None  # the script that runs outside a transaction
         self._quiet = quiet
         self._tells_waiting = waiting
         self._verbose = verbose
         self._told: dict[type, tuple[object, float]] = {}
 
     def __call__(self, event: msr.Event) -> None:
+        if isinstance(event, msr.ScriptStarted):
+            self.outside = None if event.transaction else event.script
+        elif isinstance(event, msr.ScriptFinished | msr.ScriptFailed):
+            self.outside = None
         match event:
             case msr.ScriptFinished():
-                self.applied.append(event.script)
+                if event.action != "forget":
+                    self.applied.append(event.script)
                 self._say(render.finished(event))
             case msr.ScriptStarted() if self._verbose:
                 self._say(f"Running {event.script} ({event.number} of {event.total})")
@@ -97,7 +105,8 @@ class Progress:
             case msr.ScriptRetried():
                 self._say(render.retried(event), err=True)
             case msr.WaitingForLock(status=status) if self._tells_waiting:
-                if self._is_news(event, (status.locked_by, status.running, status.obstacle)):
+                step = (status.running or "").partition("), ")[0]  # whatever its progress
+                if self._is_news(event, (status.locked_by, step, status.obstacle)):
                     self._say(render.waiting(status), err=True)
             case msr.LockAcquired() if self._verbose:
                 waited = render.duration(event.waited)
@@ -117,8 +126,14 @@ class Progress:
         return True
 
     def _say(self, text: str, *, err: bool = False) -> None:
-        if err or not self._quiet:
-            typer.echo(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", err=err)
+        line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}"
+        if err:
+            to_stderr(line)
+        elif not self._quiet:
+            try:
+                echo(line)
+            except msr.MsrError as error:  # what runs is worth more than the lines about it
+                to_stderr(f"⚠️  Warning: {error}")
 
 
 class _Bar(Progress):
@@ -137,7 +152,7 @@ class _Bar(Progress):
             case msr.ScriptProgress():
                 note = render.script_progress(event)
                 if self._script is None:
-                    self._script = self._started().add_task(note)
+                    self._script = self._started().add_task(note, total=event.of)
                 self._started().update(
                     self._script, description=note, completed=event.done, total=event.of
                 )
@@ -145,8 +160,8 @@ class _Bar(Progress):
             case msr.ScriptFinished():
                 self._show(f"{event.script}", event.number, event.total)
             case msr.WaitingForLock():
-                self._show(render.waiting(event.status), 0, None)
-                return
+                running = event.status.running
+                self._show(f"waiting, {running} runs" if running else "waiting", 0, None)
             case msr.RunFinished() | msr.RunFailed():
                 self.close()
         if isinstance(event, msr.ScriptStarted | msr.ScriptFinished) and self._script is not None:
@@ -167,13 +182,17 @@ class _Bar(Progress):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
+            whole = Column(no_wrap=True)
+            text = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # what room there is left
             self._live = RichProgress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.description}", markup=False),
+                BarColumn(20),
+                MofNCompleteColumn(table_column=whole),
+                TimeElapsedColumn(table_column=whole),
+                TextColumn("{task.description}", markup=False, table_column=text),
                 console=Console(highlight=False),
+                expand=True,
                 transient=True,
             )
             self._run = self._live.add_task("", total=None)
@@ -185,4 +204,4 @@ class _Bar(Progress):
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            typer.echo(text)
+            echo(text)

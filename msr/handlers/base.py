@@ -39,6 +39,7 @@ class StatementError(Exception):
         column: int | None = None,
         sqlstate: str | None = None,
         hint: str | None = None,
+        detail: str | None = None,
         committed: bool = False,
     ) -> None:
         self.message = message
@@ -46,6 +47,7 @@ class StatementError(Exception):
         self.column = column
         self.sqlstate = sqlstate
         self.hint = hint
+        self.detail = detail
         self.committed = committed
         super().__init__(message)
 
@@ -95,6 +97,13 @@ class Session(Protocol):
         """
         ...
 
+    def nested(self) -> AbstractAsyncContextManager[None]:
+        """One script among several in a transaction: neither its savepoints nor its settings last.
+
+        Raises `StatementError` if the script went back to before itself.
+        """
+        ...
+
     def limited(self, limits: Limits) -> AbstractAsyncContextManager[None]:
         """Bound what a script does in the body; not what comes after it in the same transaction.
 
@@ -121,6 +130,7 @@ class Session(Protocol):
         *,
         replaces: HistoryRow | None = None,
         text: str | None = None,
+        last: bool = True,
     ) -> None:
         """Write a row of the history, inside a transaction, as its last statement.
 
@@ -129,8 +139,9 @@ class Session(Protocol):
         of a script that was started keeps its `started_at`.
 
         This is the fence: with a lease, the change is made only if the lease's (token, locked_by)
-        is the current one and stays so until the commit. Raises `LockLostError` if it is not, or
-        if the history does not hold `replaces`, or already holds a row for the script.
+        is the current one and, from the `last` row of the transaction on, stays so until the
+        commit. Raises `LockLostError` if it is not, or if the history does not hold `replaces`, or
+        already holds a row for the script.
         """
         ...
 

@@ -13,6 +13,7 @@ prepared statement, hence right before we know whether a pooler stands between.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgresHandler"]
 
+logger = logging.getLogger("msr.script")
+
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 ROLLBACK_TIMEOUT = 5.0
@@ -94,7 +97,7 @@ CREATE TABLE IF NOT EXISTS {history} (
     token bigint,
     note text,
     noted_at timestamptz,
-    script text,
+    script bytea,
     EXCLUDE USING btree (name WITH =) WHERE (version IS NULL)
 );
 """
@@ -113,6 +116,7 @@ WITH fence AS (
     SELECT token FROM {lock} WHERE name = $1 AND token = $2 AND locked_by = $3 FOR KEY SHARE
 )
 """
+LOOK = FENCE.replace("FOR KEY SHARE", "")  # where more follows in the same transaction
 NO_FENCE = """
 WITH fence AS (
     SELECT NULL::bigint AS token WHERE coalesce($1::text, $2::bigint::text, $3::text) IS NULL
@@ -124,7 +128,7 @@ INSERT INTO {history} (version, name, checksum, status, started_at, duration, ex
                        database_user, token, note, noted_at, script)
 SELECT $4::bigint, $5::text, $6::text, $7::text, coalesce($8::timestamptz, now()),
        $9::double precision, $10::text, coalesce($11::text, current_user), fence.token, $12::text,
-       CASE WHEN $12::text IS NOT NULL THEN now() END, $13::text
+       CASE WHEN $12::text IS NOT NULL THEN now() END, $13::bytea
 FROM fence ON CONFLICT DO NOTHING
 RETURNING txid_current()
 """
@@ -135,7 +139,7 @@ UPDATE {history} AS h SET
     started_at = coalesce($8::timestamptz, CASE WHEN status = 'started' THEN started_at END, now()),
     duration = $9::double precision, executed_by = $10::text,
     database_user = coalesce($11::text, current_user), token = fence.token, note = $12::text,
-    noted_at = CASE WHEN $12::text IS NOT NULL THEN now() END, script = coalesce($13::text, script)
+    noted_at = CASE WHEN $12::text IS NOT NULL THEN now() END, script = coalesce($13::bytea, script)
 FROM fence WHERE MATCHES
 RETURNING txid_current()
 """
@@ -155,7 +159,10 @@ DELETE = DELETE.replace("MATCHES", _matches(4))
 
 READ_TEXT = "SELECT script FROM {history} AS h WHERE MATCHES".replace("MATCHES", _matches(1))
 
-LIMIT = "SELECT set_config($1, $2, $3)"
+# A query would come too early for a script that begins with SET TRANSACTION; SET takes no $n.
+LIMIT = "SET {scope} {name} = {milliseconds:d}"
+SAVEPOINT = "SAVEPOINT msr_script"
+RELEASE = "RELEASE SAVEPOINT msr_script"
 NO_LIMIT = "SET LOCAL lock_timeout TO DEFAULT; SET LOCAL statement_timeout TO DEFAULT"
 
 # A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write. $1 are
@@ -362,13 +369,41 @@ class PostgresSession:
     async def limited(self, limits: Limits) -> AsyncIterator[None]:
         chosen = {name: seconds for name, seconds in asdict(limits).items() if seconds}
         local = self.in_transaction
+        scope = "LOCAL" if local else "SESSION"
         for name, seconds in chosen.items():
+            statement = LIMIT.format(scope=scope, name=name, milliseconds=ceil(seconds * 1000))
             with self.explained():
-                await self.connection.fetch(LIMIT, name, str(ceil(seconds * 1000)), local)
-        yield
+                await self.connection.execute(statement)
+        with self._heard():
+            yield
         if chosen and local:  # outside a transaction, the next one resets everything
             with statement_errors():
                 await self.connection.execute(NO_LIMIT)
+
+    @asynccontextmanager
+    async def nested(self) -> AsyncIterator[None]:
+        with self.explained():
+            await self.connection.execute(SAVEPOINT)
+        yield
+        with statement_errors():
+            await self.connection.execute(RELEASE)
+        if not self.pooled:
+            with self.explained():
+                await self.connection.execute(self._reset)
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Pass on what a script has the server say: RAISE NOTICE, RAISE WARNING."""
+
+        def hear(_: object, message: Any) -> None:
+            level = logging.WARNING if message.severity_en == "WARNING" else logging.INFO
+            logger.log(level, "%s", message.message)
+
+        self.connection.add_log_listener(hear)
+        try:
+            yield
+        finally:
+            self.connection.remove_log_listener(hear)
 
     @asynccontextmanager
     async def _atomic(
@@ -442,18 +477,20 @@ class PostgresSession:
         *,
         replaces: HistoryRow | None = None,
         text: str | None = None,
+        last: bool = True,
     ) -> None:
         import asyncpg
 
         if not self.in_transaction and not self.connection.is_closed():
             raise StatementError(ENDED_TRANSACTION, committed=True)
-        fence = NO_FENCE if lease is None else FENCE
+        fence = NO_FENCE if lease is None else FENCE if last else LOOK
         values: list[object] = [None] * 3
         if lease is not None:
             values = [lease.name, lease.token, lease.locked_by]
         if row is not None:
             values += [row.version, row.name, row.checksum, row.status, row.started_at]
-            values += [row.duration, row.executed_by, row.database_user, row.note, text]
+            values += [row.duration, row.executed_by, row.database_user, row.note]
+            values += [text.encode() if text is not None else None]  # whatever the encoding here
         if replaces is not None:
             values += _identity(replaces)
         query = DELETE if row is None else INSERT if replaces is None else UPDATE
@@ -472,8 +509,8 @@ class PostgresSession:
             )
 
     async def read_text(self, row: HistoryRow) -> str | None:
-        [[text]] = await self.fetch(READ_TEXT, *_identity(row)) or [[None]]
-        return None if text is None else str(text)
+        [[data]] = await self.fetch(READ_TEXT, *_identity(row)) or [[None]]
+        return None if data is None else bytes(data).decode()
 
     async def find_leftovers(self, text: str) -> Sequence[str]:
         builds = list(re.finditer(CONCURRENT_BUILD, text, re.IGNORECASE))
@@ -580,6 +617,7 @@ def statement_errors(text: str = "", statement: Statement | None = None) -> Iter
             column=column,
             sqlstate=getattr(error, "sqlstate", None),
             hint=getattr(error, "hint", None),
+            detail=getattr(error, "detail", None),
         ) from error
 
 

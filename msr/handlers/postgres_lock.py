@@ -209,7 +209,7 @@ class PostgresLocking:
         return await self._refused(owner)
 
     async def renew(self, lease: Lease) -> bool:
-        values = (lease.name, lease.token, lease.locked_by, lease.timeout, lease.running)
+        values = (lease.name, lease.token, lease.locked_by, lease.timeout, lease.shown)
         return await self._change(RENEW, *values)
 
     async def release(self, lease: Lease) -> bool:

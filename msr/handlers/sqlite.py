@@ -80,7 +80,12 @@ ENDED_TRANSACTION = (
     "ROLLBACK (executescript() and commit() are one), or let it opt out of the transaction"
 )
 
-TIMED_OUT = "canceling statement due to statement timeout"  # in PostgreSQL's words
+SAVEPOINT = "SAVEPOINT msr_script"
+RELEASE = "RELEASE SAVEPOINT msr_script"
+
+# In PostgreSQL's words.
+TIMED_OUT = "canceling statement due to statement timeout"
+CANCELED = "57014"
 
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as :name.
 
@@ -286,6 +291,18 @@ class SqliteSession:
                 lease.trust(time.monotonic())
 
     @asynccontextmanager
+    async def nested(self) -> AsyncIterator[None]:
+        await self.hop(self._execute, SAVEPOINT)
+        yield
+        try:
+            await self.hop(self._execute, RELEASE)
+        except DatabaseError as error:
+            raise StatementError(str(error.__cause__)) from error
+
+    def _execute(self, db: sqlite3.Connection, statement: str) -> None:
+        db.execute(statement)
+
+    @asynccontextmanager
     async def limited(self, limits: Limits) -> AsyncIterator[None]:
         """One waits for others in BEGIN only, so what is left to bound is a statement."""
         if not limits.statement_timeout:
@@ -296,7 +313,7 @@ class SqliteSession:
             yield
         except sqlite3.OperationalError as error:  # out of a Python script's own statement
             if self._timed_out:
-                raise StatementError(TIMED_OUT) from error
+                raise StatementError(TIMED_OUT, sqlstate=CANCELED) from error
             raise
         finally:
             with suppress(MsrError):  # the script may have closed the connection
@@ -325,6 +342,7 @@ class SqliteSession:
         *,
         replaces: HistoryRow | None = None,
         text: str | None = None,
+        last: bool = True,
     ) -> None:
         await self.hop(self._record, row, lease, replaces, text)
 
@@ -362,10 +380,10 @@ class SqliteSession:
         """Have SQLite ask us, while it works, whether a statement takes more than `seconds`."""
         deadline = time.monotonic() + seconds
 
-        def begin(statement: str) -> None:
+        def begin(_: str) -> None:
+            """A statement begins, which may be one of a trigger's: nothing tells them apart."""
             nonlocal deadline
-            if not statement.startswith("--"):  # else one inside a trigger
-                deadline = time.monotonic() + seconds
+            deadline, self._timed_out = time.monotonic() + seconds, False
 
         if seconds:
             self._timed_out = False
@@ -417,7 +435,8 @@ class SqliteSession:
                     message = ENDED_TRANSACTION
                 elif self._timed_out:
                     message = TIMED_OUT
-                raise StatementError(message, line=statement.line) from error
+                sqlstate = CANCELED if message == TIMED_OUT else None
+                raise StatementError(message, line=statement.line, sqlstate=sqlstate) from error
 
     def _record(
         self,

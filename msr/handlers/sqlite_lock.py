@@ -342,7 +342,7 @@ class SqliteLocking:
                 path = self._path(self._file_name(lease.token))
                 descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
                 with open(descriptor, "w", encoding="utf-8") as file:
-                    file.write(lease.running or "")
+                    file.write(lease.shown or "")
 
     def _told(self, row: dict[str, Any]) -> str | None:
         """What the holder wrote there."""
@@ -420,7 +420,7 @@ def lease_values(lease: Lease) -> dict[str, object]:
         "token": lease.token,
         "locked_by": lease.locked_by,
         "timeout": lease.timeout,
-        "running": lease.running,
+        "running": lease.shown,
     }
 
 

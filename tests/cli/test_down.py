@@ -133,7 +133,7 @@ class TestSuccess:
 
         result = run_msr("down", "10")
 
-        assert result == Result(0, "✓ Nothing to do: 4 scripts applied already\n", "")
+        assert result == Result(0, "✓ Nothing to do: no script is newer\n", "")
         assert dump(three) == before
 
     def test_nothing_initialised(self, url: str, folder: Path) -> None:
@@ -144,7 +144,7 @@ class TestSuccess:
         for arguments in (["0"], ["--steps", "1"]):
             result = run_msr("down", *arguments)
 
-            assert result == Result(0, "✓ Nothing to do: 0 scripts applied already\n", "")
+            assert result == Result(0, "✓ Nothing to do: no script is newer\n", "")
         assert dump(url) == before
 
     def test_json(self, three: str) -> None:
@@ -410,9 +410,10 @@ class TestFailure:
         document = json.loads(run_msr("down", "1", "--json").stdout)
 
         no_way = "has no way down, so nothing can be rolled back to before it:"
+        renaming = "rename it to V3_one_way.up.sql, and write V3_one_way.down.sql beside it"
         assert (result.exit_code, result.stdout) == (2, "")
         assert sorted(result.stderr.splitlines()) == [
-            f"  V3_one_way.sql: {no_way} write V3_one_way.down.sql, and name it V3_one_way.up.sql",
+            f"  V3_one_way.sql: {no_way} {renaming}",
             f"  V4_no_down.up.sql: {no_way} write V4_no_down.down.sql",
             f"  V5_no_down.py: {no_way} define 'async def down(db)'",
             "  V6_gone: is to be rolled back, but its file is gone: restore it",
@@ -602,3 +603,43 @@ class TestHeldLock:
 
         assert tables(three) == {"first"}
         assert history(three) == {"first": "applied"}
+
+
+@pytest.mark.parametrize("status", ["failed", "started"])
+def test_an_unsettled_repeatable_script(url: str, folder: Path, status: str) -> None:
+    """What a repeatable script left half done is not forgotten on the way down."""
+    write_scripts(
+        folder,
+        {
+            "V1_first.up.sql": "CREATE TABLE first (id int);",
+            "V1_first.down.sql": "DROP TABLE first;",
+            "R_half.sql": "-- msr: no-transaction\nCREATE TABLE half (id int);\nSELECT nothing;",
+        },
+    )
+    assert run_msr("migrate").exit_code == 3
+    query(url, f"UPDATE schema_version SET status = '{status}' WHERE version IS NULL")
+
+    result = run_msr("down", "0")
+
+    assert (result.exit_code, "R_half.sql: " in result.stderr) == (2, True)
+    assert "'msr repair half --retry'" in result.stderr
+
+
+def test_what_runs_again_is_said(url: str, folder: Path) -> None:
+    """The dry run and the run itself name the repeatable scripts that the next migrate runs."""
+    write_scripts(
+        folder,
+        {
+            "V1_first.up.sql": "CREATE TABLE first (id int);",
+            "V1_first.down.sql": "DROP TABLE first;",
+            "R_one.sql": "SELECT 1;",
+        },
+    )
+    assert run_msr("migrate").exit_code == 0
+
+    planned = run_msr("down", "0", "--dry-run").stdout
+    done = run_msr("down", "0").stdout
+
+    assert re.search(r"forget +R +R_one\.sql", planned)
+    assert "R_one.sql runs again at the next migrate\n" in done
+    assert "✓ 1 script rolled back in " in done

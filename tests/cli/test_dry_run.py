@@ -228,8 +228,9 @@ class TestPlan:
         assert result == Result(
             0,
             "   Action  Version  Script                   Transaction\n"
-            "1  revert  10       late/V10_third.down.sql  yes\n"
-            "2  revert  2        V2_second.py             yes\n"
+            "1  forget  R        R_ours.sql               yes\n"
+            "2  revert  10       late/V10_third.down.sql  yes\n"
+            "3  revert  2        V2_second.py             yes\n"
             "\n"
             "2 scripts would run; nothing was changed\n",
             "",
@@ -268,7 +269,10 @@ class TestPlan:
         result = run_msr("down", "2", "--dry-run", "--sql")
 
         assert result == Result(
-            0, "-- revert late/V10_third.down.sql\nDROP VIEW ours;\nDROP TABLE third;\n\n", ""
+            0,
+            "-- forget R_ours.sql\n\n"
+            "-- revert late/V10_third.down.sql\nDROP VIEW ours;\nDROP TABLE third;\n\n",
+            "",
         )
 
     def test_json(self, three: str) -> None:
@@ -295,7 +299,9 @@ class TestPlan:
         down = run_msr("down", "2", "--dry-run", "--sql", "--json")
         row = ("revert", 10, "third", "late/V10_third.down.sql", "sql", True)
         text = SCRIPTS["late/V10_third.down.sql"]
-        assert json.loads(down.stdout)["plan"] == [dict(zip(names, row, strict=True), text=text)]
+        forgotten, reverted = json.loads(down.stdout)["plan"]
+        assert reverted == dict(zip(names, row, strict=True), text=text)
+        assert (forgotten["action"], forgotten["script"]) == ("forget", "R_ours.sql")
 
     def test_nothing_to_do(self, applied: str) -> None:
         """An empty plan is no error, and an empty list in JSON."""

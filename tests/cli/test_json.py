@@ -42,8 +42,8 @@ OPTIONAL = {("PlannedScript", "text"), ("Failure", "result")}
 """The only keys that a document may lack."""
 
 UNSEEN = {
+    "Interrupted.left: string": "outside a transaction: test_migrate",
     "MigrationError.rolled_back: null": "a connection that breaks in a commit: tests/chaos",
-    "HistoryRow.database_user: null": "SQLite, which has no users: the same scenarios there",
     "Lock.obstacle: string": "a waiter that is kept from a free lock: tests/chaos",
     "Lock.holder: unknown": "a holder on another host, or behind a pooler: test_lock_status",
 }
@@ -206,6 +206,14 @@ def down(shell: Shell) -> None:
     assert (script["script"], script["action"]) == ("V1_users.down.sql", "revert")
     assert shell.json("Run", 0, "down", "0")["executed"] == []
 
+    shell.write({"R_one.sql": "CREATE VIEW one AS SELECT 1 AS one;"})
+    shell.json("Run", 0, "migrate")
+    plan = shell.json("Plan", 0, "down", "0", "--dry-run")["plan"]
+    assert [(it["action"], it["script"]) for it in plan] == [
+        ("forget", "R_one.sql"),
+        ("revert", "V1_users.down.sql"),
+    ]
+
 
 def down_fails(shell: Shell) -> None:
     shell.write({**USERS, "V1_users.down.sql": "DROP TABLE people;"})
@@ -336,10 +344,8 @@ def repair(shell: Shell) -> None:
     """Of scripts outside a transaction: failed, without the lock, interrupted, repeatable."""
     shell.write({**USERS, "V2_outside.sql": OUTSIDE})
     shell.fails("MigrationError", 3, "migrate", "--no-lock")
-    found = shell.json("Settled", 0, "repair", "2", "--retry")
-    assert found["applied"] is False
-    [row] = found["repaired"]
-    assert (row["version"], row["status"], row["token"]) == (2, "failed", None)
+    settled = shell.json("Settled", 0, "repair", "2", "--retry")["settled"]
+    assert settled == {"version": 2, "name": "outside", "found": "failed", "recorded": "retry"}
 
     shell.query("DROP TABLE half")
     error = shell.fails("MigrationError", 3, "migrate")["error"]
@@ -348,14 +354,16 @@ def repair(shell: Shell) -> None:
         "UPDATE schema_version SET status = 'started', note = NULL, noted_at = NULL "
         "WHERE version = 2"
     )
-    found = shell.json("Settled", 0, "repair", "2", "--applied")
-    assert found["applied"] is True
-    assert [(row["status"], row["note"]) for row in found["repaired"]] == [("started", None)]
+    settled = shell.json("Settled", 0, "repair", "2", "--applied")["settled"]
+    assert (settled["found"], settled["recorded"]) == ("started", "applied")
 
     shell.write({"R_outside.sql": "-- msr: no-transaction\nSELECT nothing;\n"})
     shell.fails("MigrationError", 3, "migrate")
-    [row] = shell.json("Settled", 0, "repair", "outside", "--applied")["repaired"]
-    assert (row["version"], row["name"]) == (None, "outside")
+    settled = shell.json("Settled", 0, "repair", "R_outside.sql", "--applied")["settled"]
+    assert (settled["version"], settled["name"]) == (None, "outside")
+    for status in ("reverting", "revert-failed"):
+        shell.query(f"UPDATE schema_version SET status = '{status}' WHERE version = 2")
+        assert shell.json("Settled", 0, "repair", "2", "--applied")["settled"]["found"] == status
 
 
 def repair_of_edits(shell: Shell) -> None:

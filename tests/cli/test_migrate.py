@@ -8,6 +8,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import uuid
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from msr.urls import parse_url
 from tests.support.cli import (
+    MSR,
     Result,
     own_lines,
     run_msr,
@@ -26,6 +28,7 @@ from tests.support.cli import (
 from tests.support.databases import on_postgres, on_sqlite
 from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
+from tests.support.postgres import PostgresServer
 from tests.support.queries import exists, query, table_names
 
 FIRST = {"V1_first.sql": "CREATE TABLE first (id int);"}
@@ -597,3 +600,65 @@ def test_alone_it_shows_the_help() -> None:
     assert result.exit_code == 2
     assert "\n  migrate " in result.stderr
     assert "✗" not in result.stderr
+
+
+class TestOutput:
+    """What becomes of what it says."""
+
+    @pytest.mark.parametrize("redirection", ["| true", ">&-", "2>&-", "> /dev/full"])
+    def test_nobody_reads(self, url: str, folder: Path, redirection: str) -> None:
+        """Whoever does not want to hear of it does not keep it from being done."""
+        write_scripts(folder, FIRST)
+        command = f"set -o pipefail; {MSR} migrate {redirection}"
+
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=40)
+
+        full = "⚠️  Warning: the output cannot be written: No space left on device\n"
+        assert (done.returncode, done.stderr) == (0, full if "full" in redirection else "")
+        assert versions(url) == [1]
+
+    @on_postgres
+    def test_detail(self, url: str, folder: Path) -> None:
+        """What the server says besides stands below the line, and in the document."""
+        script = "CREATE TABLE t (id int PRIMARY KEY);\nINSERT INTO t VALUES (7), (7);"
+        write_scripts(folder, {"V1_t.sql": script})
+
+        result = run_msr("migrate")
+        document = json.loads(run_msr("migrate", "--json").stdout)
+
+        assert result.stderr.endswith("    | Key (id)=(7) already exists.\n")
+        assert document["error"]["detail"] == "Key (id)=(7) already exists."
+
+    @on_postgres
+    def test_what_a_script_raises(self, url: str, folder: Path) -> None:
+        """A warning of the server's is one of ours, a notice is for those who want to know more."""
+        script = "DO $$ BEGIN RAISE WARNING 'mind the gap'; RAISE NOTICE 'by the way'; END $$;"
+        write_scripts(folder, {"V1_first.sql": script, "V2_second.sql": script})
+
+        brief, more = run_msr("migrate", "1"), run_msr("migrate", "-v")
+
+        assert brief.stderr == "⚠️  Warning: mind the gap\n"
+        assert more.stderr == "⚠️  Warning: mind the gap\nby the way\n"
+
+    def test_any_encoding(self, postgres_server: PostgresServer, folder: Path) -> None:
+        """A comment that the database could not hold is no reason not to run the script."""
+        name = f"latin_{uuid.uuid4().hex[:16]}"
+        how = "TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+        postgres_server.execute(f"CREATE DATABASE {name} {how}")
+        try:
+            write_scripts(folder, {"V1_t.sql": "-- ids → names\nCREATE TABLE t (id int);"})
+            assert run_msr("migrate", "--url", postgres_server.url(name)).exit_code == 0
+        finally:
+            postgres_server.drop_database(name)
+
+    def test_interrupted_outside_a_transaction(self, url: str, folder: Path, gate: Gate) -> None:
+        """Then what it did stays, and the message names it and says how to go on."""
+        write_scripts(folder, {"V1_slow.py": f"transaction = False\n{gate.script()}"})
+        migration = start_msr("migrate")
+        gate.wait()
+
+        migration.terminate()
+
+        _, stderr = migration.communicate(timeout=40)
+        said = "V1_slow.py ran outside a transaction: check by hand what it did, then msr repair"
+        assert (migration.returncode, said in stderr) == (143, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_retry(unfinished: str) -> None:
     result = run_msr("repair", "2", "--retry", "--json")
 
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["applied"] is False
+    assert json.loads(result.stdout)["settled"]["recorded"] == "retry"
     assert statuses(unfinished) == {1: "applied", 2: "retry"}
     assert " pending " in run_msr("list").stdout
     write_scripts(Path("migrations"), {"V2_outside.sql": "SELECT 1;"})
@@ -80,8 +81,10 @@ def test_retry(unfinished: str) -> None:
         (["2"], "say --applied or --retry"),
         (["2", "--applied", "--retry"], "--applied: contradicts --retry"),
         (["--applied"], "--applied: say which script"),
-        (["1", "--applied"], "version 1 is not unfinished"),
-        (["7", "--retry"], "version 7 is not unfinished"),
+        ([], "V2_outside.sql is "),
+        (["1", "--applied"], "version 1 is applied, so there is nothing to repair"),
+        (["7", "--retry"], "there is no version 7"),
+        (["first", "--retry"], "there is no 'first'"),
     ],
 )
 def test_refused(unfinished: str, arguments: list[str], says: str) -> None:
@@ -120,3 +123,93 @@ def test_an_invalid_index_is_named_and_dropped(url: str) -> None:
 
     assert run_msr("repair", "2", "--retry").exit_code == 0
     assert query(url, "SELECT to_regclass('once')") == [(None,)]
+
+
+@pytest.mark.parametrize("name", ["2", "V2", "V2_outside.sql", "V2_outside"])
+def test_names(unfinished: str, name: str) -> None:
+    """A script goes by its version, or by what `msr list` calls it."""
+    assert run_msr("repair", name, "--retry").exit_code == 0
+    assert statuses(unfinished)[2] == "retry"
+
+
+def test_what_was_mended_is_what_is_applied(failed: str) -> None:
+    """The file is put right before it is called done: that text is recorded, no edit is left."""
+    mended = SCRIPTS["V2_outside.sql"].replace("SELECT nothing;\n", "")
+    write_scripts(Path("migrations"), {"V2_outside.sql": mended})
+
+    assert run_msr("repair", "2", "--applied").exit_code == 0
+
+    assert run_msr("validate", "--database").exit_code == 0
+    assert run_msr("migrate").exit_code == 0
+
+
+class TestEdits:
+    """An applied script that was edited."""
+
+    EDITED = "CREATE TABLE first (id int);\n-- nothing else\n"
+
+    @pytest.fixture
+    def edited(self, url: str) -> str:
+        write_scripts(Path("migrations"), {"V1_first.sql": SCRIPTS["V1_first.sql"]})
+        assert run_msr("migrate").exit_code == 0
+        write_scripts(Path("migrations"), {"V1_first.sql": self.EDITED})
+        return url
+
+    def test_accepted(self, edited: str) -> None:
+        """The difference is shown, the answer obeyed, and who accepted what is on record."""
+        result = run_msr("repair", input="y\n")
+
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert "\n+-- nothing else\n" in result.stdout
+        assert result.stdout.endswith("Accepted V1_first.sql\n✓ 1 script accepted as edited\n")
+        assert run_msr("migrate").exit_code == 0
+        [[note]] = query(edited, "SELECT note FROM schema_version")
+        assert re.fullmatch(r"checksum repaired by \S+@\S+, was [0-9a-f]{64}", note)
+
+    @pytest.mark.parametrize(("answer", "code"), [("n\n", 0), ("\n", 0), ("", 1)])
+    def test_not_accepted(self, edited: str, answer: str, code: int) -> None:
+        """Any other answer changes nothing, and none is an error."""
+        before = query(edited, "SELECT * FROM schema_version")
+
+        assert run_msr("repair", input=answer).exit_code == code
+
+        assert query(edited, "SELECT * FROM schema_version") == before
+        assert run_msr("migrate").exit_code == 2
+
+    def test_one_of_two(self, edited: str) -> None:
+        """With a version, that script's edit is accepted and no other."""
+        write_scripts(Path("migrations"), {"V2_second.sql": "SELECT 1;"})
+        assert run_msr("repair", "1", "--yes").exit_code == 0
+        assert run_msr("migrate").exit_code == 0
+        for name in ("V1_first.sql", "V2_second.sql"):
+            write_scripts(Path("migrations"), {name: "SELECT 2;"})
+
+        assert run_msr("repair", "V2_second.sql", "--yes").exit_code == 0
+
+        again = run_msr("migrate")
+        assert (again.exit_code, "V1_first.sql: was edited" in again.stderr) == (2, True)
+
+    def test_without_the_text(self, edited: str) -> None:
+        """Where the history did not keep the script, the checksums are shown."""
+        query(edited, "UPDATE schema_version SET script = NULL")
+
+        result = run_msr("repair", "--yes")
+
+        assert result.exit_code == 0
+        assert "V1_first.sql: the history did not keep its text" in result.stdout
+        assert re.search(r"now: +SHA-256 [0-9a-f]{64}", result.stdout)
+
+    def test_nothing_to_accept(self, edited: str) -> None:
+        """Twice is once."""
+        assert run_msr("repair", "-y").exit_code == 0
+        result = run_msr("repair", "-y")
+        assert (result.exit_code, result.stdout) == (
+            0,
+            "✓ Nothing to repair: no applied script was edited\n",
+        )
+
+    def test_the_lock_is_held(self, edited: str) -> None:
+        """Only the holder of the lock changes the history."""
+        with hold_lock(edited):
+            assert run_msr("repair", "--yes", "--no-wait").exit_code == 8
+        assert run_msr("migrate").exit_code == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Result, run_msr, start_msr, write_scripts
+from tests.support.databases import on_postgres
 from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import applied, lock_row
@@ -319,3 +320,54 @@ def applied_rows(url: str) -> list[tuple[int, str, int]]:
     """Version, status and token of the versioned scripts."""
     rows = "SELECT version, status, token FROM schema_version WHERE version IS NOT NULL"
     return sorted(query(url, rows))
+
+
+class TestScriptsDoNotMix:
+    """In one transaction they are still scripts of their own."""
+
+    def test_savepoints(self, url: str, folder: Path) -> None:
+        """A script cannot go back to before itself: that would undo another's row, and not tell."""
+        write_scripts(
+            folder,
+            {
+                "V1_one.sql": "CREATE TABLE one (id int); SAVEPOINT s; CREATE TABLE two (id int);",
+                "V2_two.sql": "ROLLBACK TO SAVEPOINT s; CREATE TABLE three (id int);",
+            },
+        )
+
+        result = run_msr("migrate", "--single-transaction")
+
+        assert result.exit_code == 3
+        assert "V2_two.sql, line 1" in result.stderr
+        assert tables(url) == set()
+        assert query(url, "SELECT version FROM schema_version") == []
+
+    @on_postgres
+    def test_settings(self, url: str, folder: Path) -> None:
+        """What a script SET is not for the next one, as every dump sets the search_path."""
+        write_scripts(
+            folder,
+            {
+                "V1_one.sql": "SELECT set_config('search_path', '', false);",
+                "V2_two.sql": "CREATE TABLE two (id int);",
+            },
+        )
+
+        assert run_msr("migrate", "--single-transaction").exit_code == 0
+
+        assert tables(url) == {"two"}
+
+    @on_postgres
+    def test_forced_release(self, url: str, folder: Path, gate: Gate) -> None:
+        """The lock can be released by force in the middle, and nothing is committed then."""
+        write_scripts(
+            folder, {"V1_one.sql": "CREATE TABLE one (id int);", "V2_slow.py": gate.script()}
+        )
+        migration = start_msr("migrate", "--single-transaction")
+        gate.wait()
+
+        assert run_msr("lock:release", "--force", "--yes").exit_code == 0
+
+        gate.open()
+        assert migration.wait(20) == 9
+        assert tables(url) == set()

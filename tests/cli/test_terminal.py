@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_a_whole_terminal(url: str, folder: Path, gate: Gate) -> N
 
 
 @on_sqlite
-@pytest.mark.parametrize("columns", [100, 40])
+@pytest.mark.parametrize("columns", [100, 70])
 def test_table(migrated_url: str, folder: Path, columns: int) -> None:
     """The list is a table, with the status in colour, and nothing is cut off in a narrow one."""
     write_scripts(folder, {"V2_with_quite_a_long_name.sql": "SELECT 1;"})

@@ -200,7 +200,10 @@ def fails(url: str, end: Result) -> None:
         assert (
             "✗ Error: V3_widen.sql, line 2: canceling statement due to lock timeout" in end.stderr
         )
-        assert "(tried 2 times: find who keeps the lock); the script was rolled back" in end.stderr
+        assert (
+            "(tried 2 times; another session keeps what it needs); the script was rolled back"
+            in end.stderr
+        )
 
 
 def test_giving_up(migrated_url: str, folder: Path) -> None:
@@ -331,7 +334,7 @@ def test_single_transaction(migrated_url: str, folder: Path) -> None:
 
     with blocked(*command, url=migrated_url, env=env) as process:
         # In SQLite a transaction waits where it begins, for whatever is in it.
-        name = "V4_last.sql" if is_sqlite(migrated_url) else "V3_widen.sql"
+        name = "V2_other.sql" if is_sqlite(migrated_url) else "V3_widen.sql"
         pause = tried_again(process, name)
         assert applied(migrated_url) == [1]
     end = finish(process)
@@ -602,3 +605,40 @@ def test_bad_limit(migrated_url: str, folder: Path, name: str, text: str, proble
     assert end.exit_code == 2
     assert end.stderr.startswith(f"✗ Error: {problem}")
     assert applied(migrated_url) == [1]
+
+
+COUNTING = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
+
+
+@on_postgres
+def test_set_transaction_comes_first(url: str, folder: Path) -> None:
+    """Limits leave a script that begins with SET TRANSACTION in peace: no query comes before it."""
+    script = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE;\nCREATE TABLE t (id int);"
+    write_scripts(folder, {"V1_t.sql": script})
+
+    assert (
+        run_msr("migrate", env=in_environment(lock_timeout=5, statement_timeout=5)).exit_code == 0
+    )
+
+
+def test_each_statement_has_its_own_time(url: str, folder: Path) -> None:
+    """Many short ones may take longer than the limit together, also with a comment in front."""
+    sleep = "-- a step\nSELECT pg_sleep(0.25)"
+    if is_sqlite(url):
+        sleep = f"-- a step\n{COUNTING} LIMIT 400000) SELECT count(*) FROM n"
+    script = f"async def up(db):\n    for _ in range(8):\n        await db.execute({sleep!r})\n"
+    write_scripts(folder, {"V1_t.py": script})
+
+    result = run_msr("migrate", env=in_environment(statement_timeout=1))
+
+    assert result.exit_code == 0, result
+
+
+def test_a_timeout_says_which(url: str, folder: Path) -> None:
+    """The limit that was over is named, with its length."""
+    write_scripts(folder, {"V1_t.sql": f"{COUNTING}) SELECT max(i) FROM n;"})
+
+    result = run_msr("migrate", env=in_environment(statement_timeout=0.2))
+
+    assert result.exit_code == 3
+    assert "statement timeout (its statement_timeout is 0.2 s)" in result.stderr

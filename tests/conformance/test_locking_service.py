@@ -530,3 +530,14 @@ async def test_waiting_takes_no_longer_than_asked(connect: Connect) -> None:
     started = time.monotonic()
     assert await waiting.wait(0.2) is False
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("running", ["a\0b", "caf\udce9", "two\nlines", ""])
+async def test_any_text_may_be_running(connect: Connect, running: str) -> None:
+    """What a script says of itself, however odd, does not keep the lease from being renewed."""
+    session = await connect()
+    lease = await acquire(session)
+    lease.running = running
+    assert await locking(await connect()).renew(lease)
+    shown = (await locking(await connect()).get_status()).running
+    assert (shown or "").isprintable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,14 +111,17 @@ def _read_all(descriptors: Sequence[int], deadline: float) -> list[str] | None:
 # In the process that is forked
 
 
+LOADED = (
+    *("anyio._backends._asyncio", "asyncpg", "rich.progress", "rich.table", "typer._adapters"),
+    *("msr.handlers.postgres", "msr.handlers.sqlite", "msr_cli.app"),
+)
+"""What a command would load by itself, sooner or later."""
+
+
 def _serve(connection: socket.socket) -> None:
-    import asyncpg  # noqa: F401  # loaded for those that are forked
-    import rich.table  # noqa: F401
-
-    import msr.handlers.postgres
-    import msr.handlers.sqlite  # noqa: F401
-    import msr_cli.app  # noqa: F401
-
+    for module in LOADED:
+        with contextlib.suppress(ImportError):  # another release of typer may do without it
+            importlib.import_module(module)
     gc.freeze()
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, 1_000_000, 3)
@@ -149,6 +154,9 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
     sys.argv = ["msr", *request["arguments"]]
+    sys.modules["__main__"] = types.ModuleType(
+        "__main__"
+    )  # typer would name the command after ours
     code = 1
     try:
         main()

@@ -68,13 +68,12 @@ def found(prepared: PreparedScript) -> list[tuple[str, int | None]]:
         (
             """-- why
             -- msr: no-transaction
-            /* and */ -- msr: lock_timeout=1s
+            /* and */
             -- msr: lock_timeout=2s
 
             -- msr: statement_timeout=3s""",
             Options(False, 2.0, 3.0),
         ),
-        ("SELECT 0;\n-- msr: lock_timeout=5s", Options()),
     ],
 )
 def test_directives(tmp_path: Path, header: str, options: Options) -> None:
@@ -201,7 +200,7 @@ def test_unusable_way_down(tmp_path: Path, content: bytes | None, rule: str) -> 
     ("label", "way_out"),
     [
         ("sub/V1_x.up.sql", "write sub/V1_x.down.sql"),
-        ("V1_x.sql", "write V1_x.down.sql, and name it V1_x.up.sql"),
+        ("V1_x.sql", "rename it to V1_x.up.sql, and write V1_x.down.sql beside it"),
         ("V1_x.py", "define 'async def down(db)'"),
     ],
 )
@@ -608,3 +607,25 @@ def test_progress_of_the_context() -> None:
     context.progress(2.5, 10, "rows")
     context.progress(3, note="more")
     assert told == [(1, None, ""), (2.5, 10, "rows"), (3, None, "more")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("SELECT 1;\n-- msr: no-transaction\n", 2),
+        ("/* x */ -- msr: no-transaction\nSELECT 1;", 1),
+        ("-- msr no-transaction\nSELECT 1;", 1),
+        ("--msr:lock_timeout=5s\nSELECT 1; --msr: statement_timeout=5s", 2),
+    ],
+)
+def test_stray_directives(tmp_path: Path, text: str, line: int) -> None:
+    """A directive that would not be obeyed where it stands is named: a lost limit hurts."""
+    assert ("stray-directive", line) in found(prepare(sql(tmp_path, text), "up", "sqlite"))
+
+
+@pytest.mark.parametrize("marker", ["-- +goose Down", "-- +migrate Up", "-- migrate:down"])
+def test_other_tools(tmp_path: Path, marker: str) -> None:
+    """A file with both directions in it, as other tools have them, would be run to its end."""
+    [problem] = prepare(sql(tmp_path, f"SELECT 1;\n{marker}\nSELECT 2;"), "up", "sqlite").problems
+    assert (problem.rule, problem.line) == ("other-tools", 2)
+    assert ".down.sql" in problem.message
