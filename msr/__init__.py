@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from msr.config import Config, LockingConfig, load_config
@@ -40,15 +41,15 @@ from msr.events import (
 from msr.executor import MigrationScriptExecutor, migrate, validate
 from msr.handlers.base import DatabaseHandler, Limits, Session, StatementError
 from msr.locking import ForcedRelease, Lease, LockingService, LockStatus, Owner
-from msr.new import new_script
 from msr.plan import HistoryRow, ScriptStatus
-from msr.prepare import ScriptContext
 from msr.results import ExecutedScript, MigrationResult, PlannedScript, ScriptChange
 from msr.scripts import Problem
 
 if TYPE_CHECKING:
     from msr.handlers.postgres import PostgresHandler
     from msr.handlers.sqlite import SqliteHandler
+    from msr.new import new_script
+    from msr.prepare import ScriptContext
 
 __version__ = "0.1.0"
 
@@ -111,14 +112,16 @@ __all__ = [
 ]
 
 
+# What is loaded when it is asked for: most starts of an application have nothing to do.
+_LATER = {
+    "PostgresHandler": "msr.handlers.postgres",
+    "ScriptContext": "msr.prepare",
+    "SqliteHandler": "msr.handlers.sqlite",
+    "new_script": "msr.new",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # The handlers are loaded when they are asked for, and their drivers when they connect.
-    if name == "PostgresHandler":
-        from msr.handlers.postgres import PostgresHandler
-
-        return PostgresHandler
-    if name == "SqliteHandler":
-        from msr.handlers.sqlite import SqliteHandler
-
-        return SqliteHandler
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import getpass
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from msr.events import Announcer, Listener
 from msr.handlers.base import DatabaseHandler
 from msr.locking import Lease, LockStatus, Owner, finish
 from msr.plan import MIGRATE, UNFINISHED, Goal, HistoryRow, ScriptStatus, describe, make_plan
-from msr.prepare import check_all
 from msr.results import MigrationResult, PlannedScript, ScriptChange
 from msr.runner import Run, load, may_be_held, required
 from msr.scripts import Problem, Script
@@ -218,7 +217,7 @@ class MigrationScriptExecutor:
         Raises `ConfigError` (no such folder), `DatabaseError`.
         """
         scripts, problems = await load(self.config)
-        found = await anyio.to_thread.run_sync(check_all, scripts, self.handler.dialect)
+        found = await _check(scripts, self.handler.dialect)
         goal = self._migrate(None, None, None)
         async with self.handler.connect(self.config) as session:
             plan = make_plan(scripts, await session.read_history(), goal)
@@ -354,7 +353,15 @@ async def validate(
     Without a `dialect`, SQL is wrong where every dialect says so. Raises `ConfigError`.
     """
     scripts, problems = await load(config)
-    return [*problems, *await anyio.to_thread.run_sync(check_all, scripts, dialect)]
+    return [*problems, *await _check(scripts, dialect)]
+
+
+async def _check(
+    scripts: Sequence[Script], dialect: Literal["postgresql", "sqlite"] | None
+) -> list[Problem]:
+    from msr.prepare import check_all  # a start of the application does without
+
+    return await anyio.to_thread.run_sync(check_all, scripts, dialect)
 
 
 async def migrate(

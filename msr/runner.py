@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -44,10 +45,12 @@ from msr.locking import (
     hold,
 )
 from msr.plan import MIGRATE, UNFINISHED, Goal, Plan, Step, make_plan
-from msr.prepare import PreparedScript, prepare
 from msr.results import ExecutedScript, MigrationResult, PlannedScript
 from msr.scripts import Problem, Script, load_scripts
-from msr.unit import NumberedStep, Unit, units
+
+if TYPE_CHECKING:
+    from msr.prepare import PreparedScript
+    from msr.unit import NumberedStep
 
 __all__ = ["Run", "load", "locking_connection", "may_be_held", "required"]
 
@@ -244,6 +247,8 @@ class Run:
         return make_plan(self.scripts, await session.read_history(), self.goal)
 
     def _prepare(self, steps: Iterable[Step]) -> dict[int | str, PreparedScript]:
+        from msr.prepare import prepare  # a start with nothing pending does without
+
         return {
             step.key: prepare(
                 step.script, "up" if step.action == "apply" else "down", self.handler.dialect
@@ -253,6 +258,8 @@ class Run:
         }
 
     async def _carry_out(self, session: Session, lease: Lease | None) -> None:
+        from msr.unit import Unit, units  # a start with nothing pending does without
+
         await session.create_history()
         plan = await self._plan(session)  # another may have done some of it meanwhile
         if plan.problems:
@@ -305,6 +312,8 @@ class Run:
 
     def _numbered(self, plan: Plan) -> list[NumberedStep]:
         """The steps, the scripts among them counted."""
+        from msr.unit import NumberedStep
+
         total = sum(step.runs_script for step in plan.steps)
         numbered, number = [], 0
         for step in plan.steps:

@@ -590,6 +590,8 @@ class PostgresSession:
             return DatabaseError(
                 f"the database is read-only ({sentence}): give the URL of the primary server"
             )
+        if isinstance(error, asyncpg.QueryCanceledError):  # a limit of the role's, say
+            return DatabaseError(sentence)
         if isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError):
             return DatabaseUnreachableError(f"the connection to the database was lost: {sentence}")
         return DatabaseError(sentence)

@@ -36,10 +36,8 @@ ARROWS: dict[str, set[str]] = {
         "handlers.base",
         "locking",
         "plan",
-        "prepare",
         "results",
         "scripts",
-        "unit",
     },
     "unit": {"config", "errors", "events", "handlers.base", "locking", "plan", "prepare"},
     "executor": {
@@ -49,7 +47,6 @@ ARROWS: dict[str, set[str]] = {
         "handlers.base",
         "locking",
         "plan",
-        "prepare",
         "results",
         "runner",
         "scripts",
@@ -65,7 +62,8 @@ ARROWS: dict[str, set[str]] = {
 
 # What a module may import besides, inside a function that needs it.
 LAZY_ARROWS: dict[str, set[str]] = {
-    "executor": {"handlers.postgres", "handlers.sqlite"},
+    "executor": {"handlers.postgres", "handlers.sqlite", "prepare"},
+    "runner": {"prepare", "unit"},
 }
 
 # Outside the standard library, msr needs anyio; these may be imported by the modules named.
