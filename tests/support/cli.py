@@ -19,7 +19,6 @@ import anyio
 
 from tests.support.forks import fork_msr
 from tests.support.rig import Rig
-from tests.support.tools import STRICT
 
 __all__ = [
     "MSR",
@@ -36,6 +35,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+STARTS_THE_SCRIPT = os.environ.get("MSR_TEST_START") == "script"
+"""Read before the environment is cleaned."""
 
 MSR = Path(sys.executable).with_name("msr")
 """The script that installing the project puts beside this interpreter."""
@@ -61,12 +63,12 @@ def run_msr(
 ) -> Result:
     """Run `msr` to its end. `env` adds to the test's environment; without `input`, stdin is empty.
 
-    It is a fork of a process that has `msr` loaded, unless the tests are strict or `env` holds what
-    Python itself would read when it starts: see `forks`.
+    It is a fork of a process that has `msr` loaded, unless MSR_TEST_START=script asks for the
+    installed script, or `env` holds what Python itself would read when it starts: see `forks`.
 
     Raises `subprocess.TimeoutExpired` after `timeout` seconds, when the process has been ended.
     """
-    if not STRICT and all(name.startswith("MSR_") for name in env or ()):
+    if not STARTS_THE_SCRIPT and all(name.startswith("MSR_") for name in env or ()):
         words = [str(argument) for argument in arguments]
         environment = {**os.environ, **(env or {})}
         return Result(*fork_msr(words, input or "", environment, cwd, timeout))

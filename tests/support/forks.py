@@ -1,7 +1,7 @@
 """`msr` without the time that Python needs to start: a fork of a process that has it loaded.
 
 It is a process of its own all the same, with its own streams, environment and folder, and it ends
-as a process does. With `MSR_TEST_STRICT=1` the tests start the installed script each time instead.
+as a process does. With `MSR_TEST_START=script` the tests start the installed script instead.
 
     python -m tests.support.forks FD     serve requests on the socket FD until that is closed
 """
