@@ -38,7 +38,7 @@ from msr.events import (
     ScriptStarted,
     WaitingForLock,
 )
-from msr.executor import MigrationScriptExecutor, migrate, validate
+from msr.executor import MigrationScriptExecutor, dialect_of, migrate, validate
 from msr.handlers.base import DatabaseHandler, Limits, Session, StatementError
 from msr.locking import ForcedRelease, Lease, LockingService, LockStatus, Owner
 from msr.plan import HistoryRow, ScriptStatus
@@ -105,6 +105,7 @@ __all__ = [
     "ValidationError",
     "WaitingForLock",
     "__version__",
+    "dialect_of",
     "load_config",
     "migrate",
     "new_script",

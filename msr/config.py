@@ -186,8 +186,9 @@ class Config:
     `transaction` is "script" (one for each) or "batch" (one for the whole run). `out_of_order` says
     what becomes of a script that is older than the newest applied one: "refuse" or "apply". A
     script that waits longer than `lock_timeout` seconds for a lock is rolled back and tried again,
-    up to `lock_retries` times; one of its statements that takes longer than `statement_timeout`
-    seconds fails. Zero means no limit. A script's own setting wins over both.
+    up to `lock_retries` times, unless it opted out of the transaction; one of its statements that
+    takes longer than `statement_timeout` seconds fails. Zero means no limit. A script's own setting
+    wins over both.
 
     Raises `ConfigError`.
     """

@@ -1,4 +1,4 @@
-"""Everything `msr` raises on purpose; only `StatementError` is between a handler and the runner.
+"""Everything `msr` raises on purpose; only `StatementError` is between a handler and a unit.
 
     MsrError
     ├── ConfigError              a setting, URL or option cannot be used
@@ -51,7 +51,7 @@ class MsrError(Exception):
     """Something went wrong in msr."""
 
     result: MigrationResult | None = None
-    """What a run had done before it failed; set by `MigrationScriptExecutor.migrate`."""
+    """What a run had done before it failed; set by every run of an executor."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])

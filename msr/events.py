@@ -141,7 +141,8 @@ class ScriptRetried:
 class ScriptFinished:
     """What script `number` of `total` did has been committed; `duration` is in seconds.
 
-    With the `action` "forget" nothing ran: a repeatable script will be run again.
+    With the `action` "forget" nothing ran, and `number` may be 0: a repeatable script will be run
+    again.
     """
 
     script: str

@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anyio.to_thread
 
@@ -25,9 +25,10 @@ from msr.plan import MIGRATE, UNFINISHED, Goal, HistoryRow, ScriptStatus, descri
 from msr.results import MigrationResult, PlannedScript, ScriptChange
 from msr.runner import Run, load, may_be_held, required
 from msr.scripts import Problem, Script
+from msr.sql import Dialect
 from msr.urls import parse_url
 
-__all__ = ["MigrationScriptExecutor", "migrate", "validate"]
+__all__ = ["MigrationScriptExecutor", "dialect_of", "migrate", "validate"]
 
 
 class MigrationScriptExecutor:
@@ -133,7 +134,7 @@ class MigrationScriptExecutor:
         Raises what `migrate` raises before anything runs.
         """
         goal = self._migrate(target, steps, out_of_order)
-        async with self._run(goal, None, None, single_transaction) as run:
+        async with self._run(goal, None, single_transaction=single_transaction) as run:
             return await run.look()
 
     async def plan_down(
@@ -145,7 +146,7 @@ class MigrationScriptExecutor:
     ) -> list[PlannedScript]:
         """What `down` would run now, as `plan_migrate`."""
         goal = Goal("down", target=target, steps=_at_least_one(steps))
-        async with self._run(goal, None, None, single_transaction) as run:
+        async with self._run(goal, None, single_transaction=single_transaction) as run:
             return await run.look()
 
     async def baseline(self, version: int, *, wait: float | None = None) -> bool:
@@ -291,7 +292,7 @@ class MigrationScriptExecutor:
         self,
         goal: Goal,
         wait: float | None,
-        use_lock: bool | None = True,
+        use_lock: bool | None = None,
         single_transaction: bool | None = None,
     ) -> AsyncIterator[Run]:
         """A run, whose listeners have heard everything when it is over."""
@@ -345,9 +346,7 @@ def _user() -> str:
         return f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
-async def validate(
-    config: Config, dialect: Literal["postgresql", "sqlite"] | None = None
-) -> list[Problem]:
+async def validate(config: Config, dialect: Dialect | None = None) -> list[Problem]:
     """Everything wrong with the scripts of `config.folder`, without a database.
 
     Without a `dialect`, SQL is wrong where every dialect says so. Raises `ConfigError`.
@@ -356,9 +355,7 @@ async def validate(
     return [*problems, *await _check(scripts, dialect)]
 
 
-async def _check(
-    scripts: Sequence[Script], dialect: Literal["postgresql", "sqlite"] | None
-) -> list[Problem]:
+async def _check(scripts: Sequence[Script], dialect: Dialect | None) -> list[Problem]:
     from msr.prepare import check_all  # a start of the application does without
 
     return await anyio.to_thread.run_sync(check_all, scripts, dialect)
@@ -379,6 +376,11 @@ async def migrate(
         url, listeners=listeners, config_file=config_file, **settings
     )
     return await executor.migrate()
+
+
+def dialect_of(url: str) -> Dialect:
+    """Which SQL the database of a URL speaks. Raises `ConfigError`."""
+    return parse_url(url).dialect
 
 
 def _handler(url: str) -> DatabaseHandler:

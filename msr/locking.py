@@ -215,7 +215,7 @@ class LockingService(Protocol):
         ...
 
     async def renew(self, lease: Lease) -> bool:
-        """Move the expiry to now + timeout and publish `lease.running`. False: not ours.
+        """Move the expiry to now + timeout and publish `lease.shown`. False: not ours.
 
         While `lease.secured`, nobody can have taken the lock, and publishing is all there is to do.
         """
@@ -269,6 +269,7 @@ async def hold(
 
     Raises `LockHeldError` when the wait is over and `LockLostError` when the lock was lost.
     """
+    running = None if running is None else printable(running)
     lease = await _acquire(service, timeout, wait, running, done, on_wait)
     if lease is None:
         yield None

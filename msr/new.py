@@ -72,7 +72,9 @@ def _claim(folder: Path) -> int:
         newest = _newest(folder)
         version = max(version, newest + 1)
         if version >= 10**18:
-            raise ConfigError(f"no version is left above {newest}", key="folder")
+            raise ConfigError(
+                f"no version is left above {newest}: rename that script", key="folder"
+            )
         try:
             os.close(os.open(_claimed(folder, version), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:

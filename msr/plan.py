@@ -52,11 +52,11 @@ class HistoryRow:
 
     `status` is `started` for a script outside a transaction that has not been recorded as finished,
     `failed` for one that is known to have failed (`reverting` and `revert-failed` on its way down),
-    `retry` for one that a repair lets run again, and
-    `baseline` where everything up to `version` was there before msr came. `started_at` is the
-    database's clock, `duration` is in seconds, `executed_by` the executor's id, `database_user` the
-    role, and `token` the fencing token it ran under. `note` is what was said at `noted_at`: why it
-    failed, who repaired it.
+    `retry` for one that a repair lets run again, and `baseline` where everything up to `version`
+    was there before msr came. `started_at` is the database's clock, `duration` is in seconds,
+    `executed_by` the executor's id, `database_user` the role, and `token` the fencing token of the
+    run that last wrote the row. `note` is what was said at `noted_at`: why it failed, who repaired
+    it.
     """
 
     version: int | None
@@ -349,9 +349,9 @@ def _baseline(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
 def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
     entry = next((entry for entry in entries if entry.key == goal.key), None)
     row = entry.row if entry else None
+    before = f"; before: {row.note}" if row and row.note else ""
     if entry and row and entry.status in ("unfinished", "failed") and goal.applied is not None:
         status: RowStatus = "applied" if goal.applied else "retry"
-        before = f", was: {row.note}" if row.note else ""
         note = f"{entry.status}, repaired as {status} by {goal.by}{before}"
         # What is done is what the file says now, which may have been mended since.
         checksum = entry.script.checksum if entry.script and goal.applied else row.checksum
@@ -361,7 +361,7 @@ def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
         if row.checksum == goal.checksum:
             return [], [], goal
         if entry.status == "changed":
-            note = f"checksum repaired by {goal.by}, was {row.checksum}"
+            note = f"checksum repaired by {goal.by}, was {row.checksum}{before}"
             repaired = replace(row, checksum=goal.checksum, name=entry.script.name, note=note)
             return [Step("repair", entry.script, repaired, row)], [], goal
     what = f"{goal.key!r}" if isinstance(goal.key, str) else f"version {goal.key}"

@@ -48,7 +48,7 @@ _OTHER_TOOLS = re.compile(
     r"^--[^\S\n]*(?:\+(?:goose|migrate)|migrate:(?:up|down))\b.*", re.MULTILINE
 )
 _MODULE = "msr_script_"
-NO_LINES: Mapping[str, int] = types.MappingProxyType({})
+_NO_LINES: Mapping[str, int] = types.MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _stray_directives(text: str, label: str) -> Iterator[Problem]:
 
 
 def _options(
-    given: Mapping[str, Any], label: str, lines: Mapping[str, int] = NO_LINES
+    given: Mapping[str, Any], label: str, lines: Mapping[str, int] = _NO_LINES
 ) -> tuple[Options, list[Problem]]:
     transaction = given.get("transaction", True)
     values: dict[str, Any] = {"transaction": transaction is not False}
@@ -202,8 +202,6 @@ def _options(
 
 
 def _prepare_python(script: Script, direction: Direction) -> PreparedScript:
-    prepared = PreparedScript(script.path, script.label, script.text)
-
     def failed(*problems: Problem) -> PreparedScript:
         return PreparedScript(script.path, script.label, script.text, problems=problems)
 
@@ -225,9 +223,7 @@ def _prepare_python(script: Script, direction: Direction) -> PreparedScript:
     if problems:
         return failed(*problems)
     assert function is not None
-    return PreparedScript(
-        prepared.path, prepared.label, prepared.text, options, _with_context(function)
-    )
+    return PreparedScript(script.path, script.label, script.text, options, _with_context(function))
 
 
 def _execute(script: Script) -> types.ModuleType | Problem:

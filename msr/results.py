@@ -50,7 +50,7 @@ class PlannedScript:
     where it opted out.
     """
 
-    action: Literal["apply", "revert", "baseline", "repair", "forget"]
+    action: Literal["apply", "revert", "forget"]
     version: int | None
     name: str
     script: str

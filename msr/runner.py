@@ -44,7 +44,7 @@ from msr.locking import (
     Owner,
     hold,
 )
-from msr.plan import MIGRATE, UNFINISHED, Goal, Plan, Step, make_plan
+from msr.plan import UNFINISHED, Goal, Plan, Step, make_plan
 from msr.results import ExecutedScript, MigrationResult, PlannedScript
 from msr.scripts import Problem, Script, load_scripts
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from msr.prepare import PreparedScript
     from msr.unit import NumberedStep
 
-__all__ = ["Run", "load", "locking_connection", "may_be_held", "required"]
+__all__ = ["Run", "load", "may_be_held", "required"]
 
 logger = logging.getLogger("msr")
 
@@ -69,10 +69,10 @@ class Run:
         config: Config,
         tell: Callable[[Event], None],
         *,
-        wait: float = 0.0,
-        use_lock: bool = True,
-        goal: Goal = MIGRATE,
-        batch: bool = False,
+        wait: float,
+        use_lock: bool,
+        goal: Goal,
+        batch: bool,
     ) -> None:
         self.handler = handler
         self.config = config
@@ -90,7 +90,6 @@ class Run:
         self.pending_before = 0
         self.applied_before = 0
         self.waited = 0.0
-        self.unlocked = Owner.new()  # who runs where there is no lock
         self.finished = False
         self.token: int | None = None
 
@@ -116,11 +115,11 @@ class Run:
         self.scripts, self.broken = await load(self.config)
         async with self.handler.connect(self.config) as session:
             plan = await self._checked_plan(session)
-            if plan.problems and not await may_be_held(session.locking):
-                raise ValidationError([await self._explained(session, it) for it in plan.problems])
+            if not await may_be_held(session.locking):
+                await self._refuse(session, plan.problems)
         return [
             PlannedScript(
-                action=it.step.action,
+                action=it.step.action,  # type: ignore[arg-type]  # of a migrate or a down
                 version=it.step.script.version,
                 name=it.step.script.name,
                 script=it.label,
@@ -150,8 +149,7 @@ class Run:
 
         async def done() -> bool:
             plan = await self._plan(session)
-            if problems := _lasting(plan):
-                raise ValidationError(problems)
+            await self._refuse(session, _lasting(plan))
             return _is_done(plan)
 
         async with self.locked(session, self._first(plan), done) as lease:
@@ -212,7 +210,7 @@ class Run:
         try:
             async with hold(
                 locking,
-                partial(locking_connection, self.handler, self.config),
+                partial(_locking_connection, self.handler, self.config),
                 timeout=self.config.locking.timeout,
                 wait=self.wait,
                 running=running,
@@ -234,7 +232,7 @@ class Run:
                 self.tell(LockReleased(ours.token))
 
     async def _patient_plan(self, session: Session) -> Plan:
-        """The first look. A long transaction of the holder may lock out even readers (SQLite)."""
+        """Look. A long transaction of the holder may lock out even readers (SQLite)."""
         while True:
             try:
                 return await self._plan(session)
@@ -262,8 +260,7 @@ class Run:
 
         await session.create_history()
         plan = await self._plan(session)  # another may have done some of it meanwhile
-        if plan.problems:
-            raise ValidationError([await self._explained(session, it) for it in plan.problems])
+        await self._refuse(session, plan.problems)
         running = [step for step in plan.steps if step.runs_script]
         if unknown := [step for step in running if step.key not in self.prepared]:
             await self._make_ready(unknown)  # meanwhile another has taken something back
@@ -277,6 +274,7 @@ class Run:
                     # No fence can hold this back, so our session must be one that can be ended.
                     await session.require_outside_transaction()
                     await session.drop_leftover(leftover)
+        executed_by = lease.locked_by if lease is not None else Owner.new().locked_by
         steps = self._numbered(plan)
         for some in units(steps, batch=self.batch):
             following = next((str(it) for it in steps[steps.index(some[-1]) + 1 :]), None)
@@ -289,7 +287,7 @@ class Run:
                 self._account,
                 following=following,
                 before=[executed.script for executed in self.executed],
-                locked_by=self.unlocked.locked_by,
+                executed_by=executed_by,
             ).carry_out()
 
     def _account(self, it: NumberedStep, duration: float) -> None:
@@ -329,6 +327,11 @@ class Run:
                 return str(it)
         return f"{self.goal.command} {self.goal.target or self.goal.key or ''}".strip()
 
+    async def _refuse(self, session: Session, problems: Sequence[Problem]) -> None:
+        """Raise `ValidationError` if there are any."""
+        if problems:
+            raise ValidationError([await self._explained(session, it) for it in problems])
+
     async def _explained(self, session: Session, problem: Problem) -> Problem:
         """An unfinished script's problem, with what it left behind in the database."""
         if problem.rule not in (UNFINISHED, "failed"):
@@ -347,7 +350,7 @@ async def load(config: Config) -> tuple[Sequence[Script], Sequence[Problem]]:
 
 
 @asynccontextmanager
-async def locking_connection(
+async def _locking_connection(
     handler: DatabaseHandler, config: Config
 ) -> AsyncIterator[LockingService]:
     """The lock through a connection of its own, for the heartbeat."""

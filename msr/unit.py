@@ -32,7 +32,14 @@ from msr.errors import (
     RollbackError,
 )
 from msr.events import Event, ScriptFailed, ScriptProgress, ScriptRetried, ScriptStarted
-from msr.handlers.base import NO_LIMITS, Limits, Session, StatementError
+from msr.handlers.base import (
+    CANCELED,
+    LOCK_TIMEOUT,
+    NO_LIMITS,
+    Limits,
+    Session,
+    StatementError,
+)
 from msr.locking import Lease, finish, foreign_task_groups, printable, renew
 from msr.plan import HistoryRow, RowStatus, Step
 from msr.prepare import PreparedScript, ScriptContext
@@ -47,11 +54,8 @@ RESOLVE_BOUND = 10.0
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts at a script that waited too long for a lock."""
 
-LOCK_TIMEOUT = "55P03"
-CANCELED = "57014"
 IN_TRANSACTION = "25001"
-"""The sqlstate of a statement that waited longer than `lock_timeout`, of one that was cancelled (by
-`statement_timeout`, most of all), and of one that must not be inside a transaction."""
+"""The sqlstate of a statement that must not be inside a transaction."""
 
 KEPT_TEXT = 1_000_000
 """Characters of a script that the history keeps, to show later what was edited."""
@@ -59,7 +63,10 @@ KEPT_TEXT = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class NumberedStep:
-    """A step and its place among the scripts that run, from 1; `prepared` is what runs, if any."""
+    """A step and its place among the scripts that run, from 1; `prepared` is what runs, if any.
+
+    What is recorded before the first script has the number 0.
+    """
 
     step: Step
     prepared: PreparedScript | None
@@ -102,7 +109,7 @@ class Unit:
 
     `done` is called with each step that is committed and the seconds that its script took;
     `following` is what the lock says from that commit on, `before` the scripts that the run has
-    executed, and `locked_by` who does all this where there is no lease.
+    executed, and `executed_by` who does all this.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class Unit:
         *,
         following: str | None,
         before: Sequence[str],
-        locked_by: str,
+        executed_by: str,
     ) -> None:
         self.steps = steps
         self.session = session
@@ -126,7 +133,7 @@ class Unit:
         self.done = done
         self.following = following
         self.before = before
-        self.locked_by = locked_by
+        self.executed_by = executed_by
         # Of the attempt that is under way:
         self._current = steps[0]
         self._durations: dict[int | str, float] = {}
@@ -139,24 +146,34 @@ class Unit:
         Whoever waits for a table keeps everybody behind it waiting too, so the waits are short,
         and the pauses double.
         """
-        pause = self._patience
+        longest = LONGEST_PAUSE
+        if self.lease is not None:  # which may be renewed between two attempts only
+            longest = min(longest, self.lease.timeout / 3)
+        pause = min(self._patience, longest)
         retries = self.config.lock_retries if pause else 0
         for attempt in range(1, retries + 2):
             try:
                 return await self._attempt()
             except (MigrationError, DatabaseBusyError) as error:
-                waited = getattr(error, "sqlstate", LOCK_TIMEOUT) == LOCK_TIMEOUT
+                busy = isinstance(error, DatabaseBusyError)
+                waited = busy or getattr(error, "sqlstate", None) == LOCK_TIMEOUT
                 if not waited or attempt > retries:
                     if waited and retries and isinstance(error, MigrationError):
-                        error.hint = f"tried {attempt} times; another session keeps what it needs"
+                        error.hint = (
+                            f"tried {attempt} times; another session keeps what it needs: end that "
+                            "one, raise lock_timeout, or try again later"
+                        )
                     self.tell(ScriptFailed(*self._current.place, error))
                     raise
                 seconds = pause * random.uniform(0.8, 1.2)
                 reason = getattr(error, "server_message", str(error))
                 self.tell(ScriptRetried(*self._current.place, attempt, seconds, reason))
             await anyio.sleep(seconds)
-            longest = self.lease.timeout / 3 if self.lease is not None else LONGEST_PAUSE
-            pause = min(pause * 2, LONGEST_PAUSE, longest)
+            pause = min(pause * 2, longest)
+
+    @property
+    def _token(self) -> int | None:
+        return self.lease.token if self.lease is not None else None
 
     @property
     def _patience(self) -> float:
@@ -181,8 +198,8 @@ class Unit:
             if self._recording:
                 try:
                     await finish(self._look())
-                except asyncio.CancelledError as error:
-                    failure = error
+                except asyncio.CancelledError as cancelled:
+                    failure = cancelled
         if self._committed:
             for it in self.steps:
                 self.done(it, self._durations.get(it.step.key, 0.0))
@@ -192,7 +209,9 @@ class Unit:
             raise failure
         if not self._committed:
             if self._current.prepared is None:
-                raise DatabaseError(f"the history could not be changed: {failure}") from failure
+                raise DatabaseError(
+                    f"the history could not be changed: {failure}; run the command again"
+                ) from failure
             raise self._failure(self._current.prepared, failure, self._committed) from failure
 
     async def _in_transaction(self) -> None:
@@ -208,14 +227,13 @@ class Unit:
         row = self._row(it.step) or it.step.replaces
         assert row is not None, "a script has a row before it or after it"
         begun: RowStatus = "started" if up else "reverting"
-        token = self.lease.token if self.lease is not None else None
         begun_row = replace(
             row,
             status=begun,
-            token=token,
+            token=self._token,
             started_at=None,
             duration=None,
-            executed_by=self.lease.locked_by if self.lease is not None else self.locked_by,
+            executed_by=self.executed_by,
             database_user=None,
             note=None,
             noted_at=None,
@@ -253,8 +271,8 @@ class Unit:
         """The row to record, with who did it and how long its script took."""
         if step.row is None or step.action == "repair":
             return step.row
-        by = self.lease.locked_by if self.lease is not None else self.locked_by
-        return replace(step.row, executed_by=by, duration=self._durations.get(step.key))
+        took = self._durations.get(step.key)
+        return replace(step.row, executed_by=self.executed_by, duration=took)
 
     async def _look(self) -> None:
         """Find out whether an interrupted commit took effect; None if that is not to be known."""
@@ -293,7 +311,7 @@ class Unit:
         context = ScriptContext(
             script=it.label,
             config=self.config,
-            token=self.lease.token if self.lease is not None else None,
+            token=self._token,
             logger=logging.getLogger("msr.script"),
             report=report,
         )

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,18 +70,9 @@ def _migrate(
     no_wait: NoWait = False,
 ) -> None:
     """Apply what is pending, up to version TARGET."""
-    _check_run(target, steps, dry_run, sql, no_lock or no_wait or wait is not None)
-    how: dict[str, Any] = {
-        "steps": steps,
-        "out_of_order": out_of_order or None,
-        "single_transaction": single_transaction or None,
-    }
-    if dry_run:
-        runner = common.open()
-        _show_plan(common, sql, lambda: runner.plan_migrate(target, **how))
-        return
-    how |= {"wait": wait_from(wait, no_wait, no_lock), "use_lock": False if no_lock else None}
-    _run(common, "migrate", lambda runner: runner.migrate(target, **how))
+    how = {"out_of_order": out_of_order or None, "single_transaction": single_transaction or None}
+    lock = {"wait": wait, "no_wait": no_wait, "no_lock": no_lock}
+    _execute(common, "migrate", target, steps, how, lock, dry_run=dry_run, sql=sql)
 
 
 def _down(
@@ -96,26 +87,46 @@ def _down(
     no_wait: NoWait = False,
 ) -> None:
     """Roll back what is newer than version TARGET (0: all)."""
-    _check_run(target, steps, dry_run, sql, no_lock or no_wait or wait is not None)
-    how: dict[str, Any] = {"steps": steps, "single_transaction": single_transaction or None}
-    if dry_run:
-        runner = common.open()
-        _show_plan(common, sql, lambda: runner.plan_down(target, **how))
-        return
-    how |= {"wait": wait_from(wait, no_wait, no_lock), "use_lock": False if no_lock else None}
-    _run(common, "down", lambda runner: runner.down(target, **how))
+    how = {"single_transaction": single_transaction or None}
+    lock = {"wait": wait, "no_wait": no_wait, "no_lock": no_lock}
+    _execute(common, "down", target, steps, how, lock, dry_run=dry_run, sql=sql)
 
 
-def _check_run(
-    target: int | None, steps: int | None, dry_run: bool, sql: bool, about_the_lock: bool
+def _execute(
+    common: Common,
+    what: Literal["migrate", "down"],
+    target: int | None,
+    steps: int | None,
+    how: dict[str, Any],
+    lock: dict[str, Any],
+    *,
+    dry_run: bool,
+    sql: bool,
 ) -> None:
+    """Do it or, in a dry run, show it; `how` and `lock` are the options of that name."""
     if target is not None and steps is not None:
         raise msr.ConfigError("contradicts the target version", source="--steps")
     if sql and not dry_run:
         raise msr.ConfigError("shows what would run: add --dry-run", source="--sql")
-    if dry_run and about_the_lock:
+    if dry_run and lock != {"wait": None, "no_wait": False, "no_lock": False}:
         message = "takes no lock: leave --no-lock, --wait and --no-wait away"
         raise msr.ConfigError(message, source="--dry-run")
+    if dry_run:
+        runner = common.open()
+        plan = {"migrate": runner.plan_migrate, "down": runner.plan_down}[what]
+        _show_plan(common, sql, partial(plan, target, steps=steps, **how))
+        return
+    how |= {"wait": wait_from(**lock), "use_lock": False if lock["no_lock"] else None}
+    with terminal.progress(
+        quiet=common.quiet or common.json, waiting=not common.quiet, verbose=common.verbose
+    ) as progress:
+        runner = common.open(progress)
+        work = {"migrate": runner.migrate, "down": runner.down}[what]
+        try:
+            result = run_async(partial(work, target, steps=steps, **how), quiet=common.json)
+        except Interrupted as error:
+            raise Interrupted(error.signum, progress.applied, progress.outside) from None
+    common.finish(render.migration_result(result, what), render.document(result))
 
 
 def _show_plan(
@@ -128,23 +139,6 @@ def _show_plan(
         echo(render.plan_text(scripts))
     else:
         terminal.show_table(*render.plan_table(scripts))
-
-
-def _run(
-    common: Common,
-    what: str,
-    work: Callable[[msr.MigrationScriptExecutor], Awaitable[msr.MigrationResult]],
-) -> None:
-    """Run what changes the database, and show how it goes on."""
-    with terminal.progress(
-        quiet=common.quiet or common.json, waiting=not common.quiet, verbose=common.verbose
-    ) as progress:
-        runner = common.open(progress)
-        try:
-            result = run_async(lambda: work(runner), quiet=common.json)
-        except Interrupted as error:
-            raise Interrupted(error.signum, progress.applied, progress.outside) from None
-    common.finish(render.migration_result(result, what), render.document(result))
 
 
 def _list(
@@ -250,6 +244,8 @@ def _repair(
     seconds = wait_from(wait, no_wait)
     if applied and retry:
         raise msr.ConfigError("contradicts --retry", source="--applied")
+    if yes and (applied or retry):
+        raise msr.ConfigError("nothing is asked then: leave it away", source="--yes")
     with terminal.progress(quiet=True, waiting=not common.quiet) as progress:
         runner = common.open(progress)
         key = _key(version)
@@ -291,11 +287,11 @@ def _accept_edits(
         if not changes:
             run_async(lambda: runner.repair(key, wait=wait))  # says why there is nothing to do
     elif not changes:
-        stuck = [it for it in run_async(runner.list) if it.status in ("unfinished", "failed")]
-        for script in stuck:
-            name = script.name if script.version is None else script.version
-            way_out = f"say 'msr repair {name} --applied' or '--retry'"
-            raise msr.ConfigError(f"{script.file or script.name} is {script.status}: {way_out}")
+        rows = run_async(runner.list)
+        stuck = [it.file or it.name for it in rows if it.status in ("unfinished", "failed")]
+        if stuck:
+            way_out = "for each say 'msr repair VERSION --applied' or '--retry'"
+            raise msr.ConfigError(f"left half done: {', '.join(stuck)}; {way_out}")
     if changes and not common.json:
         echo("\n".join(render.difference(change) for change in changes))
     if changes and not yes and not confirmed(render.ACCEPT, "accepted"):

@@ -105,9 +105,7 @@ def config_from(source: Source) -> tuple[msr.Config, Literal["postgresql", "sqli
     """
     file = None if source.config is None else Path(source.config)
     config = msr.load_config(file=file, url=source.url, folder=source.folder)
-    if config.url is None:
-        return config, None
-    return config, msr.MigrationScriptExecutor.from_url(config.url).handler.dialect
+    return config, None if config.url is None else msr.dialect_of(config.url)
 
 
 def executor_from(source: Source, *listeners: msr.Listener) -> msr.MigrationScriptExecutor:

@@ -102,7 +102,7 @@ class Common:
 
 
 def command(
-    app: typer.Typer, name: str, *aliases: str, unreachable: int = 7, hidden: bool = False
+    app: typer.Typer, name: str, *aliases: str, unreachable: int = 7
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command: it gets the common options as its first argument.
 

@@ -201,7 +201,9 @@ class _Bar(Progress):
         return self._live
 
     def _say(self, text: str, *, err: bool = False) -> None:
-        if self._live is not None:
+        if err and not sys.stderr.isatty():  # a log beside the terminal
+            super()._say(text, err=True)
+        elif self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             echo(text)

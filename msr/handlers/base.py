@@ -14,6 +14,8 @@ from msr.locking import Lease, LockingService
 from msr.plan import HistoryRow
 
 __all__ = [
+    "CANCELED",
+    "LOCK_TIMEOUT",
     "NO_LIMITS",
     "DatabaseHandler",
     "Limits",
@@ -50,6 +52,12 @@ class StatementError(Exception):
         self.detail = detail
         self.committed = committed
         super().__init__(message)
+
+
+LOCK_TIMEOUT = "55P03"
+CANCELED = "57014"
+"""The sqlstates of a statement that waited longer than `lock_timeout`, and of one that was
+cancelled, by `statement_timeout` most of all; PostgreSQL's, and here those of every handler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +115,9 @@ class Session(Protocol):
     def limited(self, limits: Limits) -> AbstractAsyncContextManager[None]:
         """Bound what a script does in the body; not what comes after it in the same transaction.
 
-        Whoever waits longer than `limits.lock_timeout` for another session gets an error with the
-        sqlstate 55P03.
+        A statement that waits longer than `limits.lock_timeout` for another session fails with the
+        sqlstate `LOCK_TIMEOUT`, one that takes longer than `limits.statement_timeout` with
+        `CANCELED`.
         """
         ...
 
@@ -135,8 +144,9 @@ class Session(Protocol):
         """Write a row of the history, inside a transaction, as its last statement.
 
         `row` comes instead of `replaces`; without a row, that is removed. `text` is the script's,
-        for `read_text`. Times that are None are the database's to fill in; so is the user. The row
-        of a script that was started keeps its `started_at`.
+        for `read_text`; None keeps what there is for an unchanged checksum. `started_at` and the
+        user are the database's to fill in where they are None; the row of a script that was started
+        keeps its `started_at`. `noted_at` is always the database's, and the token the lease's.
 
         This is the fence: with a lease, the change is made only if the lease's (token, locked_by)
         is the current one and, from the `last` row of the transaction on, stays so until the

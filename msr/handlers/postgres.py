@@ -133,36 +133,38 @@ FROM fence ON CONFLICT DO NOTHING
 RETURNING txid_current()
 """
 
-UPDATE = """
-UPDATE {history} AS h SET
-    version = $4::bigint, name = $5::text, checksum = $6::text, status = $7::text,
-    started_at = coalesce($8::timestamptz, CASE WHEN status = 'started' THEN started_at END, now()),
-    duration = $9::double precision, executed_by = $10::text,
-    database_user = coalesce($11::text, current_user), token = fence.token, note = $12::text,
-    noted_at = CASE WHEN $12::text IS NOT NULL THEN now() END, script = coalesce($13::bytea, script)
-FROM fence WHERE MATCHES
-RETURNING txid_current()
-"""
-DELETE = "DELETE FROM {history} AS h USING fence WHERE MATCHES RETURNING txid_current()"
-
 
 def _matches(first: int) -> str:
-    """The row that is replaced is still as it was read."""
+    """The row that is replaced is still as it was read; $first and the four after it are its."""
     version, name, checksum, status, token = (f"${first + i}" for i in range(5))
     return f"""h.version IS NOT DISTINCT FROM {version}::bigint AND h.name = {name}::text
     AND h.checksum = {checksum}::text AND h.status = {status}::text
     AND h.token IS NOT DISTINCT FROM {token}::bigint"""
 
 
-UPDATE = UPDATE.replace("MATCHES", _matches(14))
-DELETE = DELETE.replace("MATCHES", _matches(4))
+UPDATE = f"""
+UPDATE {{history}} AS h SET
+    version = $4::bigint, name = $5::text, checksum = $6::text, status = $7::text,
+    started_at = coalesce($8::timestamptz, CASE WHEN status = 'started' THEN started_at END, now()),
+    duration = $9::double precision, executed_by = $10::text,
+    database_user = coalesce($11::text, current_user), token = fence.token, note = $12::text,
+    noted_at = CASE WHEN $12::text IS NOT NULL THEN now() END,
+    script = coalesce($13::bytea, CASE WHEN checksum = $6::text THEN script END)
+FROM fence WHERE {_matches(14)}
+RETURNING txid_current()
+"""
 
-READ_TEXT = "SELECT script FROM {history} AS h WHERE MATCHES".replace("MATCHES", _matches(1))
+DELETE = f"""
+DELETE FROM {{history}} AS h USING fence WHERE {_matches(4)} RETURNING txid_current()
+"""
+
+READ_TEXT = f"SELECT script FROM {{history}} AS h WHERE {_matches(1)}"
+
+SAVEPOINT = "SAVEPOINT msr_script"
+RELEASE = "RELEASE SAVEPOINT msr_script"
 
 # A query would come too early for a script that begins with SET TRANSACTION; SET takes no $n.
 LIMIT = "SET {scope} {name} = {milliseconds:d}"
-SAVEPOINT = "SAVEPOINT msr_script"
-RELEASE = "RELEASE SAVEPOINT msr_script"
 NO_LIMIT = "SET LOCAL lock_timeout TO DEFAULT; SET LOCAL statement_timeout TO DEFAULT"
 
 # A killed CREATE INDEX CONCURRENTLY leaves an index that is not used but slows every write. $1 are
@@ -309,6 +311,13 @@ class PostgresSession:
                 if len(await self.fetch(WATCH_CLIENT)) == 2:
                     self._reset = f"{RESET}; {WATCH_CLIENT_AGAIN}"
 
+    async def script_connection(self) -> asyncpg.Connection:
+        if self.in_transaction:
+            with self.explained():
+                query = "SELECT txid_current()"
+                self._script_transaction_id = await self.connection.fetchval(query)
+        return self.connection
+
     async def read_history(self) -> Sequence[HistoryRow]:
         import asyncpg
 
@@ -366,6 +375,17 @@ class PostgresSession:
         self._committing = False
 
     @asynccontextmanager
+    async def nested(self) -> AsyncIterator[None]:
+        with self.explained():
+            await self.connection.execute(SAVEPOINT)
+        yield
+        with statement_errors():
+            await self.connection.execute(RELEASE)
+        if not self.pooled:
+            with self.explained():
+                await self.connection.execute(self._reset)
+
+    @asynccontextmanager
     async def limited(self, limits: Limits) -> AsyncIterator[None]:
         chosen = {name: seconds for name, seconds in asdict(limits).items() if seconds}
         local = self.in_transaction
@@ -379,17 +399,6 @@ class PostgresSession:
         if chosen and local:  # outside a transaction, the next one resets everything
             with statement_errors():
                 await self.connection.execute(NO_LIMIT)
-
-    @asynccontextmanager
-    async def nested(self) -> AsyncIterator[None]:
-        with self.explained():
-            await self.connection.execute(SAVEPOINT)
-        yield
-        with statement_errors():
-            await self.connection.execute(RELEASE)
-        if not self.pooled:
-            with self.explained():
-                await self.connection.execute(self._reset)
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -441,13 +450,6 @@ class PostgresSession:
         if self.in_transaction:
             with self.explained():
                 await self.connection.execute("ROLLBACK")
-
-    async def script_connection(self) -> asyncpg.Connection:
-        if self.in_transaction:
-            with self.explained():
-                query = "SELECT txid_current()"
-                self._script_transaction_id = await self.connection.fetchval(query)
-        return self.connection
 
     async def resolve_commit(self) -> bool | None:
         if not self._committing or self._transaction_id is None:

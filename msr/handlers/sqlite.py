@@ -40,6 +40,7 @@ from msr.errors import (
     MsrError,
 )
 from msr.handlers.base import (
+    CANCELED,
     Limits,
     StatementError,
     foreign_table,
@@ -80,12 +81,7 @@ ENDED_TRANSACTION = (
     "ROLLBACK (executescript() and commit() are one), or let it opt out of the transaction"
 )
 
-SAVEPOINT = "SAVEPOINT msr_script"
-RELEASE = "RELEASE SAVEPOINT msr_script"
-
-# In PostgreSQL's words.
-TIMED_OUT = "canceling statement due to statement timeout"
-CANCELED = "57014"
+TIMED_OUT = "canceling statement due to statement timeout"  # in PostgreSQL's words
 
 # The statements. {lock}, {history} and {token} are quoted identifiers; values travel as :name.
 
@@ -138,13 +134,17 @@ UPDATE {{history}} SET
     started_at =
         coalesce(:started_at, CASE WHEN status = 'started' THEN started_at END, {STARTED_AT}),
     duration = :duration, executed_by = :executed_by, database_user = :database_user,
-    token = :token, note = :note, noted_at = {NOTED_AT}, script = coalesce(:script, script)
+    token = :token, note = :note, noted_at = {NOTED_AT},
+    script = coalesce(:script, CASE WHEN checksum = :checksum THEN script END)
 WHERE {MATCHES}
 """
 
 DELETE = f"DELETE FROM {{history}} WHERE {MATCHES}"
 
 READ_TEXT = f"SELECT script FROM {{history}} WHERE {MATCHES}"
+
+SAVEPOINT = "SAVEPOINT msr_script"
+RELEASE = "RELEASE SAVEPOINT msr_script"
 
 
 class SqliteHandler:

@@ -192,12 +192,41 @@ class TestPrecedence:
         assert query(url, "SELECT name FROM from_file") == [("from variable",)]
 
 
+@pytest.mark.parametrize(
+    "command", [["baseline", "1"], ["repair", "--yes"], ["down", "0"]], ids=str
+)
+@on_sqlite
+def test_locking_disabled(url: str, folder: Path, command: list[str]) -> None:
+    """`locking.enabled` is for every command that would take the lock."""
+    scripts = {"V1_first.up.sql": FIRST["V1_first.sql"], "V1_first.down.sql": "DROP TABLE first;"}
+    write_scripts(folder, scripts)
+    variables = {"MSR_LOCKING_ENABLED": "off"}
+    if command[0] != "baseline":
+        migrate(env=variables)
+        write_scripts(folder, {"V1_first.up.sql": "CREATE TABLE first (id int); -- edited"})
+
+    assert run_msr(*command, env=variables).exit_code == 0
+
+    assert "migration_locks" not in names(url)
+
+
 class TestFlags:
     """The options that every command has."""
 
-    COMMANDS = (["migrate"], ["list"], ["lock:status"], ["lock:release", "--force"])
+    COMMANDS = (
+        ["migrate"],
+        ["list"],
+        ["lock:status"],
+        ["lock:release", "--force"],
+        ["down", "0"],
+        ["validate"],
+        ["validate", "--database"],
+        ["new", "something"],
+        ["baseline", "1"],
+        ["repair"],
+    )
 
-    @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+    @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
     def test_config(self, sqlite_url: str, tmp_path: Path, command: list[str]) -> None:
         """--config names the file, in any folder and by any name; msr.toml is not read then."""
         write_scripts(tmp_path / "etc/scripts", FIRST)
@@ -218,7 +247,7 @@ class TestFlags:
             2, "", f"✗ Error: {tmp_path}/etc/staging.toml: no such configuration file\n"
         )
 
-    @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+    @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
     def test_url_and_folder(self, sqlite_url: str, tmp_path: Path, command: list[str]) -> None:
         """--url and --folder reach every command."""
         write_scripts(tmp_path / "scripts", FIRST)
@@ -233,7 +262,7 @@ class TestFlags:
             2, "", "✗ Error: url: no database: give a URL or set MSR_URL or DATABASE_URL\n"
         )
 
-    @pytest.mark.parametrize("command", COMMANDS[::2], ids=lambda command: command[0])
+    @pytest.mark.parametrize("command", COMMANDS[:3:2], ids=lambda command: command[0])
     def test_debug(self, tmp_path: Path, command: list[str]) -> None:
         """--debug shows where an error comes from, before the line that everybody gets."""
         arguments = [*command, "--url", "sqlite:///no/such/folder/app.db", "--folder", "s"]
@@ -247,10 +276,10 @@ class TestFlags:
         assert debug.stderr.endswith(plain.stderr)
         assert plain.stderr.count("\n") == 1
 
-    @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+    @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
     def test_json_error(self, command: list[str]) -> None:
         """--json gives an error as one document on stdout; the line on stderr stays."""
-        flags = ["--yes"] if command[0] == "lock:release" else []
+        flags = ["--yes"] if command[0] in ("lock:release", "repair") else []
 
         result = run_msr(*command, *flags, "--json", "--url", "mysql://host/app")
 

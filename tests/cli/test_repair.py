@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import anyio
 import pytest
 
+import msr
 from tests.support.cli import run_msr, write_scripts
 from tests.support.databases import on_postgres
 from tests.support.holder import hold_lock
@@ -81,7 +83,8 @@ def test_retry(unfinished: str) -> None:
         (["2"], "say --applied or --retry"),
         (["2", "--applied", "--retry"], "--applied: contradicts --retry"),
         (["--applied"], "--applied: say which script"),
-        ([], "V2_outside.sql is "),
+        ([], "left half done: V2_outside.sql; "),
+        (["2", "--retry", "--yes"], "--yes: nothing is asked then"),
         (["1", "--applied"], "version 1 is applied, so there is nothing to repair"),
         (["7", "--retry"], "there is no version 7"),
         (["first", "--retry"], "there is no 'first'"),
@@ -165,6 +168,30 @@ class TestEdits:
         assert run_msr("migrate").exit_code == 0
         [[note]] = query(edited, "SELECT note FROM schema_version")
         assert re.fullmatch(r"checksum repaired by \S+@\S+, was [0-9a-f]{64}", note)
+
+    def test_the_record_goes_on(self, edited: str) -> None:
+        """A second edit does not erase who accepted the first."""
+        assert run_msr("repair", "--yes").exit_code == 0
+        write_scripts(Path("migrations"), {"V1_first.sql": f"{self.EDITED}-- nor here\n"})
+        assert run_msr("repair", "--yes").exit_code == 0
+
+        [[note]] = query(edited, "SELECT note FROM schema_version")
+        assert re.fullmatch(r"checksum repaired .+; before: checksum repaired .+", note)
+
+    def test_a_long_script(self, edited: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A text too long to be kept takes the old one along: no difference is shown from that."""
+        monkeypatch.setattr("msr.unit.KEPT_TEXT", 40)
+        executor = msr.MigrationScriptExecutor.from_url()
+
+        async def accept(text: str) -> msr.ScriptChange:
+            write_scripts(Path("migrations"), {"V1_first.sql": text})
+            [change] = await executor.find_changes()
+            await executor.repair(1, checksum=change.checksum)
+            return change
+
+        assert anyio.run(accept, "SELECT 1;" + " " * 40).difference is not None
+        assert anyio.run(accept, "SELECT 2;").difference is None
+        assert anyio.run(accept, "SELECT 3;").difference is not None
 
     @pytest.mark.parametrize(("answer", "code"), [("n\n", 0), ("\n", 0), ("", 1)])
     def test_not_accepted(self, edited: str, answer: str, code: int) -> None:

@@ -93,19 +93,23 @@ async def test_the_database_says_when_and_who(
 
 
 async def test_what_is_known_already_is_kept(connect: Connect) -> None:
-    """A row that was read and is written again keeps when it ran; who and the text are kept too."""
+    """A row that was read and is written again keeps when it ran, and its text while that is its."""
     session = await connect()
     await session.create_history()
     long_ago = datetime(1999, 1, 1, 12, 30, 15, 250_000, tzinfo=UTC)
     await record(session, None, replace(ROW, started_at=long_ago), text="SELECT 1;\n")
     [row] = await session.read_history()
     assert row.started_at == long_ago
-    repaired = replace(row, checksum="other", note="repaired")
+    repaired = replace(row, name="better", note="repaired")
     await record(session, None, repaired, replaces=row)
     [found] = await session.read_history()
     assert found == replace(repaired, noted_at=found.noted_at)
     assert await session.read_text(found) == "SELECT 1;\n"
     assert await session.read_text(row) is None
+    edited = replace(found, checksum="other")
+    await record(session, None, edited, replaces=found)
+    [found] = await session.read_history()
+    assert await session.read_text(found) is None
 
 
 async def test_repeatable_scripts_have_a_row_each(connect: Connect) -> None:

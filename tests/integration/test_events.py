@@ -707,3 +707,23 @@ async def test_context_without_the_lock(
     assert [it.message for it in caplog.records if it.name == "msr.script"] == ["None"]
     told = events.only(msr.ScriptProgress)[-1]
     assert told == msr.ScriptProgress("V3_context.py", 3, 3, 2, None, "done")
+
+
+async def test_pauses_have_a_limit(
+    postgres_url: str, folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a script may wait, and however often it has, a pause ends at this."""
+    monkeypatch.setattr("msr.unit.LONGEST_PAUSE", 0.02)
+    write_scripts(folder, {"V3_busy.sql": "ALTER TABLE users ADD COLUMN busy int;"})
+    executor = make_executor(postgres_url, folder, events, lock_timeout=0.1, lock_retries=3)
+    await executor.migrate(2)
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute("BEGIN; LOCK TABLE users")
+        with pytest.raises(msr.MigrationError):
+            await executor.migrate()
+    finally:
+        await connection.close()
+    pauses = [event.pause for event in events if isinstance(event, msr.ScriptRetried)]
+    assert len(pauses) == 3
+    assert max(pauses) <= 0.02 * 1.2

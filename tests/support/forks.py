@@ -47,10 +47,6 @@ class _Server:
         )
         theirs.close()
 
-    def close(self) -> None:
-        self.socket.close()
-        self.process.wait()
-
     def ask(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         """Have it fork; the process id."""
         socket.send_fds(self.socket, [json.dumps(request).encode()], list(descriptors))

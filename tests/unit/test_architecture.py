@@ -50,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "results",
         "runner",
         "scripts",
+        "sql",
         "urls",
     },
     "handlers.__init__": set(),
