@@ -93,7 +93,7 @@ async def test_the_database_says_when_and_who(
 
 
 async def test_what_is_known_already_is_kept(connect: Connect) -> None:
-    """A row that was read and is written again keeps when it ran, and its text while that is its."""
+    """A row that was read and is written again keeps when it ran, and the text of its checksum."""
     session = await connect()
     await session.create_history()
     long_ago = datetime(1999, 1, 1, 12, 30, 15, 250_000, tzinfo=UTC)
