@@ -24,10 +24,10 @@ help:
 demo: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
-# Most tests wait for processes and servers, so three at once cost a machine little; what measures a
+# Most tests wait for processes and servers, so four at once cost a machine little; what measures a
 # time that is promised (mark `alone`) comes after them, one by one.
 test: lint types $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 3 -m "not alone"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 check: test

@@ -209,6 +209,7 @@ class PostgresLocking:
         return await self._refused(owner)
 
     async def renew(self, lease: Lease) -> bool:
+        await self.identify()  # a direct connection needs no transaction around one statement
         values = (lease.name, lease.token, lease.locked_by, lease.timeout, lease.shown)
         return await self._change(RENEW, *values)
 

@@ -11,7 +11,7 @@ import pytest
 
 import msr
 from tests.support.cli import run_msr, write_scripts
-from tests.support.databases import on_postgres
+from tests.support.databases import on_postgres, on_sqlite
 from tests.support.holder import hold_lock
 from tests.support.queries import query
 
@@ -90,14 +90,15 @@ def test_retry(unfinished: str) -> None:
         (["first", "--retry"], "there is no 'first'"),
     ],
 )
-def test_refused(unfinished: str, arguments: list[str], says: str) -> None:
+@on_sqlite
+def test_refused(failed: str, arguments: list[str], says: str) -> None:
     """A repair that says nothing, both, or names a version that needs none, changes nothing."""
-    before = statuses(unfinished)
+    before = statuses(failed)
     result = run_msr("repair", *arguments)
 
     assert result.exit_code == 2
     assert says in result.stderr
-    assert statuses(unfinished) == before
+    assert statuses(failed) == before
 
 
 def test_it_waits_for_the_lock(unfinished: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +130,11 @@ def test_an_invalid_index_is_named_and_dropped(url: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["2", "V2", "V2_outside.sql", "V2_outside"])
-def test_names(unfinished: str, name: str) -> None:
+@on_sqlite
+def test_names(failed: str, name: str) -> None:
     """A script goes by its version, or by what `msr list` calls it."""
     assert run_msr("repair", name, "--retry").exit_code == 0
-    assert statuses(unfinished)[2] == "retry"
+    assert statuses(failed)[2] == "retry"
 
 
 def test_what_was_mended_is_what_is_applied(failed: str) -> None:
