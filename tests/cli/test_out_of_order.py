@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import run_msr, start_msr, write_scripts
+from tests.support.databases import on_sqlite
 from tests.support.dump import dump
 from tests.support.holder import hold_lock
 from tests.support.migrations import applied, finish, wait_for_waiting
@@ -52,6 +53,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [
 ]
 
 
+@on_sqlite
 @pytest.mark.parametrize(("env", "toml"), REFUSED)
 def test_refused(late_url: str, env: dict[str, str], toml: str) -> None:
     """By default nothing runs, exit 2, and the message names the script and both ways out."""
@@ -81,6 +83,7 @@ def test_refused_as_json(late_url: str) -> None:
         assert result.stderr.startswith("✗ Error: V2_late.up.sql: is older than version 3")
 
 
+@on_sqlite
 @pytest.mark.parametrize(("arguments", "env", "toml"), ASKED)
 def test_applied(late_url: str, arguments: Sequence[str], env: dict[str, str], toml: str) -> None:
     """Asked for, it runs in order of version before what is pending; then all is well."""
@@ -213,6 +216,7 @@ def test_it_becomes_late_while_waiting(migrated_url: str, folder: Path) -> None:
     assert applied(migrated_url) == [1, 3]
 
 
+@on_sqlite
 @pytest.mark.parametrize("source", ["MSR_OUT_OF_ORDER", "msr.toml"])
 def test_no_such_word(late_url: str, source: str) -> None:
     """There is no silent third way: any other word is exit 2, with where it stands."""

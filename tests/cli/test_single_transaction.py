@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Result, run_msr, start_msr, write_scripts
-from tests.support.databases import on_postgres
+from tests.support.databases import on_postgres, on_sqlite
 from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import applied, lock_row
@@ -63,6 +63,7 @@ def is_free(url: str) -> bool:
 class TestMigrate:
     """`msr migrate --single-transaction`, MSR_TRANSACTION=batch, transaction = "batch"."""
 
+    @on_sqlite
     @pytest.mark.parametrize(("arguments", "env", "toml"), ONE)
     def test_nothing_is_left(
         self, url: str, folder: Path, arguments: Sequence[str], env: dict[str, str], toml: str
@@ -233,6 +234,7 @@ class TestDown:
         assert run_msr("migrate").exit_code == 0
         return url
 
+    @on_sqlite
     @pytest.mark.parametrize(("arguments", "env", "toml"), ONE[:3])
     def test_nothing_is_taken_back(
         self, there: str, arguments: Sequence[str], env: dict[str, str], toml: str

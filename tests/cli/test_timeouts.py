@@ -19,7 +19,7 @@ import pytest
 
 from msr.urls import parse_url
 from tests.support.cli import Result, run_msr, start_msr, wait_until, write_scripts
-from tests.support.databases import on_postgres
+from tests.support.databases import on_postgres, on_sqlite
 from tests.support.holder import hold_lock
 from tests.support.migrations import applied, finish, is_sqlite
 from tests.support.queries import query
@@ -119,6 +119,7 @@ def in_toml(**settings: object) -> dict[str, str]:
 # Waiting for a lock
 
 
+@on_sqlite
 @pytest.mark.parametrize("setting", [in_environment, in_toml], ids=["MSR_*", "msr.toml"])
 def test_setting(migrated_url: str, folder: Path, setting: Any) -> None:
     """A script that waits too long for a table is tried again, after pauses that double.
