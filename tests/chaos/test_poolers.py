@@ -309,7 +309,7 @@ def test_a_holder_keeps_others_out(
     # So long a session may have the key without the row; then it is ended, if it is judged so.
     monkeypatch.setattr(postgres_lock, "GRACE", 0.1)
     # In the control the first must not notice its loss, and end the second, before that is done.
-    for mechanism in (*without, "heartbeat") if without else ():
+    for mechanism in (*without, "heartbeat", "watch") if without else ():
         switch_off(mechanism, monkeypatch.setattr)
     first, second = WAYS[way](direct, pooled)
 
