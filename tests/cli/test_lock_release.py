@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pexpect import EOF
-from pexpect.fdpexpect import fdspawn
 
-from tests.support.cli import MSR, Result, run_msr, start_msr, wait_until, write_scripts
+from tests.support.cli import Result, run_msr, start_msr, wait_until, write_scripts
 from tests.support.databases import on_postgres, on_sqlite
 from tests.support.dump import dump
 from tests.support.holder import LOST, Gate, hold_lock
 from tests.support.queries import query
 from tests.support.rig import is_asleep
+from tests.support.terminal import at_a_terminal
 
 RULE = "──────────────────────────────────────────────────────"
 
@@ -268,28 +263,9 @@ def test_lock_is_released_while_the_question_stands(url: str) -> None:
     assert (command.returncode, stdout, stderr) == (0, f"\n{NOTHING}", "")
 
 
-@contextmanager
-def at_a_terminal() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
-    """`msr lock:release --force` at a terminal of its own."""
-    ours, theirs = pty.openpty()
-    command = [str(MSR), "lock:release", "--force"]
-    # The shell through setsid: Ctrl-C reaches a process only at its controlling terminal.
-    process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs
-    )
-    os.close(theirs)
-    try:
-        yield fdspawn(ours, encoding="utf-8", timeout=40), process
-    finally:
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):
-            os.close(ours)
-
-
 def press(key: str) -> tuple[int, str]:
     """Press a key at the prompt: the exit code, and what came after the prompt."""
-    with at_a_terminal() as (terminal, process):
+    with at_a_terminal("lock:release", "--force", timeout=40) as (terminal, process):
         terminal.expect_exact(PROMPT)
         assert terminal.before.replace("\r\n", "\n") == WARNING
         assert terminal.buffer == "", "the cursor waits behind the prompt"

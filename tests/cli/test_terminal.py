@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pexpect import EOF
-from pexpect.fdpexpect import fdspawn
 
-from tests.support.cli import MSR, own_lines, run_msr, unstamped, write_scripts
+from tests.support.cli import own_lines, run_msr, unstamped, write_scripts
 from tests.support.databases import on_sqlite
 from tests.support.holder import Gate, hold_lock
 from tests.support.queries import query
+from tests.support.terminal import at_a_terminal as at_any_terminal
 
 FIRST = {"V1_first.sql": "CREATE TABLE first (id int);"}
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-@contextmanager
 def at_a_terminal(
     *arguments: str, columns: int = 100, env: Mapping[str, str] | None = None
-) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
+) -> AbstractContextManager[tuple[Any, subprocess.Popen[bytes]]]:
     """A command at a terminal of its own, of so many columns."""
-    ours, theirs = pty.openpty()
     size = {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm-256color"}
-    process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", str(MSR), *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, **size, **(env or {})},
-    )
-    os.close(theirs)
-    try:
-        yield fdspawn(ours, encoding="utf-8", timeout=30), process
-    finally:
-        process.kill()
-        process.wait()
-        with contextlib.suppress(OSError):
-            os.close(ours)
+    return at_any_terminal(*arguments, env={**size, **(env or {})})
 
 
 def shown(*arguments: str, **options: Any) -> tuple[int, str]:
