@@ -167,6 +167,9 @@ class Lease:
     """True while the database has no connection to spare for the heartbeat. Then the lease may run
     out under a long script; whoever takes it over ends our session first, and the fence holds."""
 
+    settling: bool = field(default=False, repr=False)
+    """True while the body, whose session has ended in a commit, looks up what became of it."""
+
     released: bool = field(default=False, repr=False)
     """True once it is known to have been given back."""
 
@@ -488,7 +491,7 @@ async def _beat(service: LockingService, lease: Lease) -> None:
 async def _watch(service: LockingService, lease: Lease, lose: Callable[[str, bool], None]) -> None:
     deaths = 0
     while lease.secured or lease.unattended or time.monotonic() < lease.trusted_until:
-        deaths = 0 if service.is_alive() else deaths + 1
+        deaths = 0 if service.is_alive() or lease.settling else deaths + 1
         if deaths == 2:  # once is for a body that finds out by itself, and says more about it
             return lose("the database session that held the migration lock was ended", True)
         remaining = lease.trusted_until - time.monotonic()

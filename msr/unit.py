@@ -16,8 +16,8 @@ import logging
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -277,7 +277,7 @@ class Unit:
     async def _look(self) -> None:
         """Find out whether an interrupted commit took effect; None if that is not to be known."""
         self._committed = None
-        with anyio.move_on_after(RESOLVE_BOUND):
+        with self._settling(), anyio.move_on_after(RESOLVE_BOUND):
             self._committed = await self.session.resolve_commit()
         if self._committed is None:  # what is raised may be replaced by the loss of the lock
             logger.warning(
@@ -285,6 +285,16 @@ class Unit:
                 "look with msr list",
                 self._current.label,
             )
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        if self.lease is not None:
+            self.lease.settling = True
+        try:
+            yield
+        finally:
+            if self.lease is not None:
+                self.lease.settling = False
 
     async def _run(self, it: NumberedStep) -> None:
         self._current = it

@@ -45,6 +45,9 @@ SECOND = {"V2_second.sql": "INSERT INTO work VALUES (2);"}
 LOST = "the migration lock was not renewed before its lease ran out"
 UNKNOWN = "whether it was committed is not known"
 
+LOOKS = 10
+"""Attempts to look up a commit that take longer than the watch needs to see a session's end."""
+
 GOODBYES = ("ROLLBACK_TIMEOUT", "CLOSE_TIMEOUT")
 BRIEF = {} if LONG else {f"msr.handlers.postgres.{name}": 0.5 for name in GOODBYES}
 """How long a silent server is asked to roll back and to close, where time is short."""
@@ -265,6 +268,19 @@ def test_a_commit_that_is_lost(
         assert end.exit_code in ({0, 9} if claim(end) == "applied" else {3, 9})
     assert applied(url) == [1, 2]
     assert query(url, "SELECT id FROM work") == [(2,)]
+
+
+def test_a_server_that_is_away_after_a_commit(url: str, proxy: Proxy, folder: Path) -> None:
+    """The run ends with what became of its script, not with the loss of the session it noticed."""
+    lost = lose_commit(proxy, "the COMMIT", "cut", new=True)
+    run = start_migrate(proxy.url, folder)
+    assert lost.wait(30)
+    wait_until(lambda: proxy.refused >= LOOKS, timeout=30)
+    proxy.resume()
+    end = finish_in_one_line(run)
+    assert end.exit_code == 3, end
+    assert "the script was rolled back" in end.stderr
+    assert applied(url) == [1]
 
 
 def test_a_commit_that_the_server_refuses(url: str, proxy: Proxy, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class Proxy:
         self._threads: list[threading.Thread] = []
         self._silent: tuple[Direction, ...] = ()  # on new connections
         self._refuses = False
+        self.refused = 0
+        """How many connections it did not let through."""
         self._trap: tuple[Direction, bytes, Callable[[], None]] | None = None
 
     def __enter__(self) -> Self:
@@ -90,7 +92,7 @@ class Proxy:
 
     def resume(self) -> None:
         """Let everything pass again."""
-        self._silent = ()
+        self._silent, self._refuses = (), False
         for link in self._links:
             link.resume()
 
@@ -117,6 +119,7 @@ class Proxy:
                 return
             if self._refuses:
                 client.close()
+                self.refused += 1
                 continue
             try:
                 server = socket.create_connection(self._server)
