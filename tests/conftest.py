@@ -36,9 +36,15 @@ POSTGRES_FSYNC = os.environ.get("MSR_TEST_POSTGRES_FSYNC", "off") == "on"
 # What a driver or a terminal library would read behind our back.
 FOREIGN_VARIABLES = {"DATABASE_URL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"}
 
-# A busy machine makes one example slow, and the time limit of the test stands. A failure prints
-# how to repeat it, so nothing is kept on disk.
-hypothesis.settings.register_profile("msr", deadline=None, database=None, print_blob=True)
+# A busy machine makes one example slow, or its making, and the time limit of the test stands. A
+# failure prints how to repeat it, so nothing is kept on disk.
+hypothesis.settings.register_profile(
+    "msr",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    database=None,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("msr")
 
 

@@ -85,7 +85,7 @@ def is_kept_out(url: str) -> bool:
         return False
     with closing(sqlite3.connect(address.path or "", timeout=0, isolation_level=None)) as db:
         try:
-            db.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN EXCLUSIVE")  # who reads would let nobody commit
         except sqlite3.OperationalError:
             return True
         return False
@@ -146,7 +146,7 @@ class Worker:
         async def settled() -> bool:
             return end.done() or is_stopped(self.pid)
 
-        await wait_until_async(settled, timeout=30, interval=0.005)
+        await wait_until_async(settled, interval=0.005)
         if end.done():
             self.resume()  # a random moment after the end
         return not end.done()

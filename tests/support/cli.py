@@ -22,6 +22,7 @@ from tests.support.rig import Rig
 
 __all__ = [
     "MSR",
+    "PATIENCE",
     "Result",
     "end_started",
     "own_lines",
@@ -29,6 +30,7 @@ __all__ = [
     "start_msr",
     "start_python",
     "unstamped",
+    "unwaited",
     "wait_until",
     "wait_until_async",
     "write_scripts",
@@ -38,6 +40,9 @@ T = TypeVar("T")
 
 STARTS_THE_SCRIPT = os.environ.get("MSR_TEST_START") == "script"
 """Read before the environment is cleaned."""
+
+PATIENCE = 45.0
+"""Seconds to wait for what ought to happen soon; it is a few less than a test has altogether."""
 
 MSR = Path(sys.executable).with_name("msr")
 """The script that installing the project puts beside this interpreter."""
@@ -59,7 +64,7 @@ def run_msr(
     input: str | None = None,  # noqa: A002  # the name that subprocess.run has for it
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float = 30,
+    timeout: float = PATIENCE,
 ) -> Result:
     """Run `msr` to its end. `env` adds to the test's environment; without `input`, stdin is empty.
 
@@ -144,12 +149,21 @@ def unstamped(text: str) -> str:
     return re.sub(r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ ", "", text, flags=re.MULTILINE)
 
 
+def unwaited(text: str) -> str:
+    """What a command wrote, without time stamps and without the lines about whom it waits for.
+
+    How many of these there are, and what they say, depends on when it looked.
+    """
+    lines = unstamped(text).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("Waiting for the migration lock"))
+
+
 def own_lines(text: str) -> list[str]:
     """The lines of `msr` itself: without the line of the failed script, and the caret below it."""
     return [line for line in text.splitlines() if not re.match(r" +\d* \| ", line)]
 
 
-def wait_until(predicate: Callable[[], T], timeout: float = 20, interval: float = 0.02) -> T:
+def wait_until(predicate: Callable[[], T], timeout: float = PATIENCE, interval: float = 0.02) -> T:
     """The first true value of `predicate`, which is asked again for up to `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := predicate()):
@@ -159,7 +173,7 @@ def wait_until(predicate: Callable[[], T], timeout: float = 20, interval: float 
 
 
 async def wait_until_async(
-    predicate: Callable[[], Awaitable[T]], timeout: float = 20, interval: float = 0.02
+    predicate: Callable[[], Awaitable[T]], timeout: float = PATIENCE, interval: float = 0.02
 ) -> T:
     """`wait_until` for an async predicate, without blocking the loop."""
     deadline = time.monotonic() + timeout

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.cli import wait_until
+from tests.support.cli import PATIENCE, wait_until
 from tests.support.rig import Rig
 
 __all__ = ["Gate", "Holder", "hold_lock"]
@@ -28,7 +28,7 @@ import anyio, msr
 async def main(url, running, locking):
     executor = msr.MigrationScriptExecutor.from_url(url, locking=locking)
     try:
-        async with executor.lock(wait=20, running=running) as lease:
+        async with executor.lock(wait={PATIENCE}, running=running) as lease:
             print(json.dumps([lease.token, lease.locked_by]), flush=True)
             told = anyio.Event()
             asyncio.get_running_loop().add_reader(0, told.set)
@@ -54,7 +54,7 @@ class Holder:
 
     def release(self) -> int:
         """Let it release the lock and end; its exit code, `LOST` if the lock was not its own."""
-        self.process.communicate("\n", timeout=20)
+        self.process.communicate("\n", timeout=PATIENCE)
         return self.process.returncode
 
     def freeze(self) -> None:
@@ -125,7 +125,7 @@ class Gate:
 
     def wait(self) -> None:
         """Return when the script stands at the gate."""
-        wait_until(self._reached.exists, timeout=20)
+        wait_until(self._reached.exists)
 
     def open(self) -> None:
         """Let the script through."""

@@ -47,13 +47,13 @@ def start_migrate(
     return start_msr(*command, env=env, rig=rig, prefix=prefix)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> Result:
+def finish(process: subprocess.Popen[str], timeout: float = 150) -> Result:
     """Wait for the end: how it ended, and what it wrote since somebody read it."""
     stdout, stderr = process.communicate(timeout=timeout)
     return Result(process.returncode, stdout, stderr)
 
 
-def finish_in_one_line(process: subprocess.Popen[str], timeout: float = 60) -> Result:
+def finish_in_one_line(process: subprocess.Popen[str], timeout: float = 150) -> Result:
     """`finish`, for a run that says why it fails in one line, after warnings and waiting."""
     end = finish(process, timeout)
     news = ("⚠️  Warning: ", "Waiting for the migration lock")

@@ -53,6 +53,7 @@ class Proxy:
         address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.url = urlunsplit(parts._replace(netloc=f"{account}{at}{address}"))
         self._links: list[_Link] = []
+        self._changing = threading.Lock()  # so that a new connection misses no change
         self._threads: list[threading.Thread] = []
         self._silent: tuple[Direction, ...] = ()  # on new connections
         self._refuses = False
@@ -84,23 +85,26 @@ class Proxy:
     def silence(self, *directions: Direction, new: bool = True) -> None:
         """Let nothing pass from now on, in these directions or both, nor on `new` connections."""
         directions = directions or DIRECTIONS
-        if new:
-            self._silent = directions
-        for link in self._links:
-            for direction in directions:
-                link.passes[direction].clear()
+        with self._changing:
+            if new:
+                self._silent = directions
+            for link in self._links:
+                for direction in directions:
+                    link.passes[direction].clear()
 
     def resume(self) -> None:
         """Let everything pass again."""
-        self._silent, self._refuses = (), False
-        for link in self._links:
-            link.resume()
+        with self._changing:
+            self._silent, self._refuses = (), False
+            for link in self._links:
+                link.resume()
 
     def cut(self, *, new: bool = False) -> None:
         """End every connection, so that both sides know; `new` ones too, from now on."""
-        self._refuses = new
-        for link in self._links:
-            link.cut()
+        with self._changing:
+            self._refuses = new
+            for link in self._links:
+                link.cut()
 
     def when(self, direction: Direction, pattern: bytes, act: Callable[[], None]) -> None:
         """Call `act` once, before bytes with `pattern` pass on the first connection."""
@@ -117,21 +121,28 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:  # the end of the `with` block
                 return
-            if self._refuses:
-                client.close()
-                self.refused += 1
-                continue
-            try:
-                server = socket.create_connection(self._server)
-            except OSError:  # it is down, which the client has to hear
+            with self._changing:
+                link = self._link(client)
+            if link is None:
                 client.close()
                 continue
-            link = _Link(client, server)
-            for direction in self._silent:
-                link.passes[direction].clear()
-            self._links.append(link)
             for direction in DIRECTIONS:
                 self._start(self._forward, link, direction)
+
+    def _link(self, client: socket.socket) -> _Link | None:
+        """A new connection, as things stand now; None where there is none, which it has to hear."""
+        if self._refuses:
+            self.refused += 1
+            return None
+        try:
+            server = socket.create_connection(self._server)
+        except OSError:  # it is down
+            return None
+        link = _Link(client, server)
+        for direction in self._silent:
+            link.passes[direction].clear()
+        self._links.append(link)
+        return link
 
     def _forward(self, link: _Link, direction: Direction) -> None:
         source, target = link.sockets[direction]

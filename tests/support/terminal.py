@@ -12,14 +12,14 @@ from typing import Any
 
 from pexpect.fdpexpect import fdspawn
 
-from tests.support.cli import MSR
+from tests.support.cli import MSR, PATIENCE
 
 __all__ = ["at_a_terminal"]
 
 
 @contextmanager
 def at_a_terminal(
-    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = PATIENCE
 ) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     """Run `msr`: what reads its terminal, each time for `timeout` seconds, and the process."""
     ours, theirs = pty.openpty()
