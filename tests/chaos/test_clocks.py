@@ -19,21 +19,26 @@ from pathlib import Path
 import pytest
 
 from tests.support.arena import count_violations, install_detector, make_places
-from tests.support.cli import start_msr, wait_until, write_scripts
+from tests.support.cli import PATIENCE, start_msr, wait_until, write_scripts
 from tests.support.holder import Gate, hold_lock
-from tests.support.migrations import applied, finish, rows_of, start_migrate
+from tests.support.migrations import applied, finish, start_migrate
 from tests.support.queries import query
-from tests.support.rig import Rig
+from tests.support.rig import Rig, is_stopped
 from tests.support.tools import find
 
 HOUR = 3600
 RIGHT, AHEAD, BEHIND = 0, HOUR, -HOUR
 """How many seconds a process's clock is ahead."""
 
+LEASE = 600
+"""Seconds: the default. A slow machine takes some of it, no wrong clock takes less than an hour."""
+
 UNFINISHED, HELD, LOST = 2, 8, 9
 """Exit codes."""
 
 DATABASE_CLOCK = ["database clock"]
+
+pytestmark = pytest.mark.timeout(120)
 
 
 def by_clock(seconds: int) -> list[str]:
@@ -87,8 +92,8 @@ def test_a_wrong_clock_robs_nobody(
         skew += " extract(epoch FROM expires_at - clock_timestamp()) FROM migration_locks"
         for url in urls:
             [(locked, expires)] = query(url, skew)
-            assert -60 < locked <= 0
-            assert 540 < expires <= 600
+            assert -LEASE < locked <= 0
+            assert 0 < expires <= LEASE
     for url, folder, (_, clock) in zip(urls, folders, pairs, strict=True):
         others.append(migrate(url, folder, clock, without if clock else (), wait=0))
     if not without:
@@ -105,30 +110,33 @@ def test_a_wrong_clock_robs_nobody(
     assert [pair for pair, code in ends.items() if code] == robbed
     for url, pair in zip(urls, pairs, strict=True):
         assert applied(url) == ([] if pair in robbed else [1])
-        written = "SELECT abs(extract(epoch FROM started_at - clock_timestamp())) < 60"
+        written = f"SELECT abs(extract(epoch FROM started_at - clock_timestamp())) < {LEASE}"
         assert all(right for (right,) in query(url, f"{written} FROM schema_version"))
 
 
 def test_a_wrong_clock_waits_no_longer_for_an_expired_lease(
     postgres_url: str, tmp_path: Path
 ) -> None:
-    """L3: the lease of a frozen holder is over when the database says so; by its own clock, not."""
+    """L3: the lease of a frozen holder is over when the database says so; by its own clock, not.
+
+    It is ended by hand: it must not run out before the holder stands.
+    """
     cases = [(AHEAD, [], 0), (BEHIND, [], 0), (BEHIND, DATABASE_CLOCK, HELD)]
     folder = one_script(tmp_path, "async def up(db):\n    pass\n")
     urls = asyncio.run(make_places(postgres_url, len(cases)))
     rig = Rig(at="before body")
-    frozen = [start_migrate(url, folder, rig=rig, timeout=1) for url in urls]
-    over = "SELECT 1 FROM migration_locks WHERE expires_at <= clock_timestamp()"
-    for url in urls:
-        wait_until(partial(rows_of, url, over), timeout=30)
+    frozen = [start_migrate(url, folder, rig=rig) for url in urls]
+    for url, process in zip(urls, frozen, strict=True):
+        wait_until(partial(is_stopped, process.pid))
+        query(url, "UPDATE migration_locks SET expires_at = clock_timestamp()")
     followers = [
-        migrate(url, folder, clock, without, wait=0 if code == HELD else 20)
+        migrate(url, folder, clock, without, wait=0 if code == HELD else PATIENCE)
         for url, (clock, without, code) in zip(urls, cases, strict=True)
     ]
     assert [finish(process).exit_code for process in followers] == [code for *_, code in cases]
-    for process in frozen:
+    for process, (*_, code) in zip(frozen, cases, strict=True):
         os.killpg(process.pid, signal.SIGCONT)
-        assert finish(process).exit_code in (0, LOST)
+        assert finish(process).exit_code == (0 if code == HELD else LOST)
 
 
 # SQLite: the host's clock is the database's, and libfaketime gives each process a host of its own
@@ -149,7 +157,7 @@ def test_on_sqlite_the_fence_needs_no_clock(
     asyncio.run(install_detector(url))
     holder = migrate(url, folder, RIGHT, without)
     gate.wait()
-    other = migrate(url, folder, AHEAD, wait=20)
+    other = migrate(url, folder, AHEAD, wait=PATIENCE)
     assert finish(other).exit_code == UNFINISHED, "it has taken the lock, and found the script"
     gate.open()
     assert finish(holder).exit_code == LOST, "whatever it did, the release tells"
@@ -169,5 +177,5 @@ def test_on_sqlite_the_proof_of_death_needs_no_clock(
     folder = one_script(tmp_path, "async def up(db):\n    pass\n")
     with hold_lock(sqlite_url) as holder:
         holder.kill()
-        other = migrate(sqlite_url, folder, BEHIND, without, wait=0 if without else 20)
+        other = migrate(sqlite_url, folder, BEHIND, without, wait=0 if without else PATIENCE)
         assert finish(other).exit_code == code

@@ -32,7 +32,7 @@ BUILDS = rounds(2, 200)
 PROCESSES = 2
 WAITERS = 20
 
-pytestmark = pytest.mark.timeout(60 + BUILDS * 3)
+pytestmark = pytest.mark.timeout(120 + BUILDS * 3)
 
 
 # Beside a crowd
@@ -43,11 +43,20 @@ import anyio, msr
 from tests.support.rig import Rig
 
 async def follow(url, folder):
-    result = await msr.migrate(url, folder=folder)
+    told = False
+
+    def listen(event):
+        nonlocal told
+        if isinstance(event, msr.WaitingForLock) and not told:
+            told = True
+            print("waiting", flush=True)
+
+    result = await msr.migrate(url, folder=folder, listeners=[listen])
     assert not result.executed, result
 
 async def main(url, folder, count, without):
-    Rig(without=without).apply()
+    # In the control an attempt does not end, and must not give up before we have looked.
+    Rig(without=without, bounds={"msr.locking.ATTEMPT_BOUND": 600}).apply()
     async with anyio.create_task_group() as tasks:
         for _ in range(count):
             tasks.start_soon(follow, url, folder)
@@ -80,11 +89,18 @@ def crowd(url: str, folder: Path, without: Sequence[str]) -> Iterator[list[subpr
             process.communicate()
 
 
-def waiting(url: str) -> int:
-    """How many of the crowd have asked for the lock, and wait for it in one way or the other."""
-    asked = "query ~ 'advisory_lock|key_holder|LISTEN'"
+def wait_for_crowd(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Return when each of the crowd has said that it waits for the lock."""
+    for process in processes:
+        assert process.stdout is not None
+        for _ in range(WAITERS // PROCESSES):
+            assert process.stdout.readline() == "waiting\n"
+
+
+def blocked(url: str) -> int:
+    """How many of the crowd wait inside a statement, and cannot say so."""
     statement = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'waiter'"
-    [[count]] = query(url, f"{statement} AND {asked}")
+    [[count]] = query(url, f"{statement} AND wait_event_type = 'Lock'")
     return int(count)
 
 
@@ -131,15 +147,18 @@ def test_a_build_does_not_wait_for_those_who_wait_for_the_lock(
     builder = start_migrate(postgres_url, folder)
     gate.wait()
     with crowd(postgres_url, folder, without) as waiters:
-        wait_until(lambda: waiting(postgres_url) == WAITERS, timeout=40)
+        if without:
+            wait_until(lambda: blocked(postgres_url) == WAITERS)
+        else:
+            wait_for_crowd(waiters)
         gate.open()
         if without:
-            wait_until(lambda: query(postgres_url, BLOCKED_BUILD), timeout=30)
+            wait_until(lambda: query(postgres_url, BLOCKED_BUILD))
             time.sleep(2)
             assert query(postgres_url, BLOCKED_BUILD), "the build went on"
             assert indexes(postgres_url, valid=True) == []
         else:
-            assert finish(builder, timeout=40 + BUILDS * 2).exit_code == 0
+            assert finish(builder, timeout=60 + BUILDS * 2).exit_code == 0
             assert [finish(waiter).stderr for waiter in waiters] == [""] * PROCESSES
             assert [waiter.returncode for waiter in waiters] == [0] * PROCESSES
             deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
@@ -174,10 +193,12 @@ def kill_a_build(url: str, folder: Path, table: str, rig: Rig | None = None) -> 
         # The primary keys of our tables are built there too, for a moment.
         building = "FROM pg_stat_progress_create_index WHERE command = 'CREATE INDEX CONCURRENTLY'"
         building += " AND datname = current_database()"
-        wait_until(lambda: query(url, f"SELECT pid {building}"), timeout=20)
+        # From then on there is an index to leave behind.
+        begun = f"SELECT pid {building} AND phase LIKE 'waiting for writers%'"
+        wait_until(lambda: query(url, begun))
         os.killpg(victim.pid, signal.SIGKILL)
         query(url, f"SELECT pg_terminate_backend(pid) {building}")
-        wait_until(lambda: not query(url, f"SELECT pid {building}"), timeout=20)
+        wait_until(lambda: not query(url, f"SELECT pid {building}"))
 
 
 def fail_to_build(url: str, index: str) -> None:

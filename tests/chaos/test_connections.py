@@ -5,6 +5,7 @@ The run has it, so the heartbeat gets none. A migration must be right all the sa
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -32,6 +33,9 @@ from tests.support.queries import fetch, query
 from tests.support.rig import Rig
 
 pytestmark = pytest.mark.timeout(180)
+
+LEASE = 6
+"""Seconds in which a slow machine finds out that there is no second connection."""
 
 FIRST = {"V1_work.sql": "CREATE TABLE work (id INTEGER);"}
 RENEWED = "CREATE TABLE renewed AS SELECT renewed_at > locked_at AS since FROM migration_locks;"
@@ -69,12 +73,12 @@ def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("urls", "without", "code", "renewed"),
+    ("urls", "without", "seconds", "code", "renewed"),
     [
-        ("role", [], 0, [(True,)]),
-        ("role", ["patience without heartbeat"], 9, []),
-        ("role", ["renewal between scripts"], 0, [(False,)]),
-        *([("database", [], 0, [(True,)]), ("server", [], 0, [(True,)])] if LONG else []),
+        ("role", [], LEASE + 0.2, 0, [(True,)]),
+        ("role", ["patience without heartbeat"], 60, 9, []),
+        ("role", ["renewal between scripts"], LEASE + 0.2, 0, [(False,)]),
+        *([(limit, [], LEASE + 0.2, 0, [(True,)]) for limit in ("database", "server") if LONG]),
     ],
     indirect=["urls"],
 )
@@ -82,6 +86,7 @@ def test_a_migration_has_one_connection(
     urls: tuple[str, str],
     tmp_path: Path,
     without: list[str],
+    seconds: float,
     code: int,
     renewed: list[tuple[bool]],
 ) -> None:
@@ -91,9 +96,10 @@ def test_a_migration_has_one_connection(
     nobody renews between the scripts, the lease has run out under the next one.
     """
     url, limited = urls
-    slow = {"V2_slow.sql": "SELECT pg_sleep(1.2);", "V3_renewed.sql": RENEWED}
+    slow = {"V2_slow.sql": f"SELECT pg_sleep({seconds});", "V3_renewed.sql": RENEWED}
     folder = write_scripts(tmp_path / "scripts", {**FIRST, **slow})
-    end = finish_in_one_line(start_migrate(limited, folder, rig=Rig(without=without), timeout=1))
+    run = start_migrate(limited, folder, rig=Rig(without=without), timeout=LEASE)
+    end = finish_in_one_line(run)
     assert end.exit_code == code, end.stderr
     assert "could not be renewed" in end.stderr
     assert applied(url) == ([1, 2, 3] if renewed else [1])
@@ -125,14 +131,16 @@ def test_a_lease_that_ran_out_under_a_long_script(
 ) -> None:
     """Another may take it over, which ends the script first: the work is done once.
 
-    Who cannot end the script's session does not get the lock.
+    Who cannot end the script's session does not get the lock. The lease is ended by hand, when the
+    script runs.
     """
     url, limited = urls
     long = {"V2_work.sql": "INSERT INTO work VALUES (1);\nSELECT pg_sleep(60);"}
     quick = {"V2_work.sql": "INSERT INTO work VALUES (2);"}
     long_folder = write_scripts(tmp_path / "long", {**FIRST, **long})
-    run = start_migrate(limited, long_folder, timeout=1)
-    wait_until(lambda: is_sleeping(url), timeout=30)
+    run = start_migrate(limited, long_folder)
+    wait_until(lambda: is_sleeping(url))
+    query(url, "UPDATE migration_locks SET expires_at = locked_at")
     folder = write_scripts(tmp_path / "quick", {**FIRST, **quick})
     successor = start_migrate(url, folder, rig=Rig(without=without), wait=1.5 if without else 60)
     if without:
@@ -164,6 +172,20 @@ class PoolOfOne:
             yield session
 
 
+class Clock:
+    """The module `time` for the lock, on which each script takes forty seconds."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead
+
+    def hear(self, event: msr.Event) -> None:
+        if isinstance(event, msr.ScriptStarted):
+            self._ahead += 40
+
+
 @pytest.mark.parametrize("without", [[], ["renewal between scripts"]])
 async def test_a_pool_of_one(
     postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: list[str]
@@ -174,11 +196,14 @@ async def test_a_pool_of_one(
     """
     for mechanism in without:
         switch_off(mechanism, monkeypatch.setattr)
-    slow = "SELECT pg_sleep(0.75);"
+    clock = Clock()
+    monkeypatch.setattr("msr.locking.time", clock)
+    slow = "SELECT pg_sleep(1);"  # which the watch looks at several times
     scripts = {"V1_slow.sql": slow, "V2_slow.sql": slow, "V3_renewed.sql": RENEWED}
     folder = write_scripts(tmp_path / "scripts", scripts)
-    config = msr.Config(folder=folder, locking=msr.LockingConfig(timeout=1.5))
-    executor = msr.MigrationScriptExecutor(PoolOfOne(postgres_url), config)
+    config = msr.Config(folder=folder, locking=msr.LockingConfig(timeout=60))
+    pool = PoolOfOne(postgres_url)
+    executor = msr.MigrationScriptExecutor(pool, config, listeners=[clock.hear])
     if without:
         with pytest.raises(msr.LockLostError, match="lease ran out"):
             await executor.migrate()
@@ -195,9 +220,9 @@ async def test_a_pool_of_one_and_a_script_longer_than_the_lease(
     """Nothing hangs: the script is cancelled and undone, the loss is told."""
     scripts = {**FIRST, "V2_long.sql": "INSERT INTO work VALUES (2);\nSELECT pg_sleep(60);"}
     folder = write_scripts(tmp_path / "scripts", scripts)
-    config = msr.Config(folder=folder, locking=msr.LockingConfig(timeout=1))
+    config = msr.Config(folder=folder, locking=msr.LockingConfig(timeout=LEASE))
     executor = msr.MigrationScriptExecutor(PoolOfOne(postgres_url), config)
-    with anyio.fail_after(30), pytest.raises(msr.LockLostError, match="lease ran out") as caught:
+    with anyio.fail_after(50), pytest.raises(msr.LockLostError, match="lease ran out") as caught:
         await executor.migrate()
     assert caught.value.result is not None
     assert [script.version for script in caught.value.result.executed] == [1]

@@ -22,6 +22,7 @@ import pytest
 from msr.locking import LAST_POLL
 from msr.urls import parse_url
 from tests.support.cli import (
+    PATIENCE,
     Result,
     run_msr,
     start_python,
@@ -39,7 +40,7 @@ from tests.support.migrations import (
     wait_for_waiting,
 )
 from tests.support.postgres import PostgresServer
-from tests.support.queries import fetch, query
+from tests.support.queries import fetch, query, table_names
 from tests.support.rig import STEPS, Rig
 
 TAKEOVER = 2.0
@@ -111,7 +112,13 @@ def is_inside(url: str) -> bool:
 
 
 def take_over(
-    url: str, folder: Path, how: str, times: int, *, rig: Rig | None = None, within: float = 20
+    url: str,
+    folder: Path,
+    how: str,
+    times: int,
+    *,
+    rig: Rig | None = None,
+    within: float = PATIENCE,
 ) -> list[float]:
     """Kill a holder that another waits for, then that one, `times` times.
 
@@ -123,7 +130,7 @@ def take_over(
     holder = start_migrate(url, folder, rig=rig)
     taken = []
     for token in range(1, times + 1):
-        wait_until(lambda: is_inside(url), timeout=20)
+        wait_until(lambda: is_inside(url))
         follower = start_migrate(url, folder, rig=rig)
         wait_for_waiting(follower)
         time.sleep(rounds(0, 1) + random.uniform(0, LAST_POLL))
@@ -189,7 +196,7 @@ import sys
 import anyio, msr
 
 async def main(url):
-    async with msr.MigrationScriptExecutor.from_url(url, locking={"timeout": 1}).lock():
+    async with msr.MigrationScriptExecutor.from_url(url).lock():
         await anyio.sleep_forever()
 
 anyio.run(main, sys.argv[1])
@@ -199,7 +206,11 @@ ALL_STEPS = [f"{when} {step}" for step in STEPS for when in ("before", "after")]
 
 
 def kill_at_each(
-    url: str, folder: Path, steps: Sequence[str], statement: str = "INSERT INTO work VALUES ({});"
+    url: str,
+    folder: Path,
+    steps: Sequence[str],
+    statement: str = "INSERT INTO work VALUES ({});",
+    nth: int = 1,
 ) -> list[int]:
     """Give each process one more script to apply, and kill it at its step; the token after each.
 
@@ -209,7 +220,7 @@ def kill_at_each(
     tokens = []
     for version, at in enumerate(steps, start=1):
         write_scripts(folder, {f"V{version}_x.sql": statement.format(version)})
-        rig = Rig(at=at, send=signal.SIGKILL)
+        rig = Rig(at=at, nth=nth, send=signal.SIGKILL)
         if at.endswith("renew"):
             victim = start_python(HOLD, url, rig=rig)
         else:
@@ -235,7 +246,7 @@ def finish_the_work(url: str, folder: Path) -> None:
 
 
 def test_killed_at_each_step(database_url: str, tmp_path: Path) -> None:
-    """Each takes over from the one before it, whose lease still stands (ten minutes, mostly)."""
+    """Each takes over from the one before it, whose lease still stands, for ten minutes."""
     steps = [at for at in ALL_STEPS if LONG or at.startswith("after")]
     folder = tmp_path / "scripts"
     tokens = kill_at_each(database_url, folder, steps)
@@ -248,9 +259,16 @@ def test_killed_at_each_step(database_url: str, tmp_path: Path) -> None:
 
 
 def test_killed_while_it_makes_the_tables(postgres_url: str, tmp_path: Path) -> None:
-    """On an empty database the first transaction is the one that makes the lock's table."""
-    steps = ["before begin", "after begin", "before commit", "after commit"]
-    assert kill_at_each(postgres_url, tmp_path, steps) == [0, 0, 0, 0]
+    """On an empty database the second transaction is the one that makes the lock's table.
+
+    The first one is a look at the session, before it is known that nothing stands between.
+    """
+    *before, after = ["before begin", "after begin", "before commit", "after commit"]
+    assert kill_at_each(postgres_url, tmp_path, before, nth=2) == [0, 0, 0]
+    assert asyncio.run(table_names(postgres_url)) == {"work"}
+    query(postgres_url, "DROP TABLE work")
+    assert kill_at_each(postgres_url, tmp_path, [after], nth=2) == [0]
+    assert asyncio.run(table_names(postgres_url)) == {"work", "migration_locks"}
     finish_the_work(postgres_url, tmp_path)
 
 
@@ -283,7 +301,7 @@ async def kill_in_a_build(url: str, folder: Path, *, wait: float, rig: Rig | Non
         async with writer.transaction():
             await writer.execute("INSERT INTO many VALUES (1)")
             victim = start_migrate(url, folder, rig=rig)
-            await wait_until_async(lambda: fetch(url, BUILDING), timeout=20)
+            await wait_until_async(lambda: fetch(url, BUILDING))
             kill(victim)
             return finish(start_migrate(url, folder, rig=rig, wait=wait))
     finally:
@@ -293,7 +311,7 @@ async def kill_in_a_build(url: str, folder: Path, *, wait: float, rig: Rig | Non
 async def test_killed_in_a_build(postgres_url: str, tmp_path: Path) -> None:
     """The next one takes over though the build still waits, and says how to go on."""
     folder = tmp_path / "scripts"
-    stopped = await kill_in_a_build(postgres_url, folder, wait=30)
+    stopped = await kill_in_a_build(postgres_url, folder, wait=PATIENCE)
     assert stopped.exit_code == 2, stopped
     assert "'msr repair 1 --retry'" in stopped.stderr
 

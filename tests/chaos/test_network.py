@@ -1,7 +1,7 @@
 """A network that says nothing: holders and waiters behind a proxy that falls silent or cuts.
 
-The lease is a second. A cut-off run learns nothing from the kernel or the server in that time, so
-whatever it knows, it knows by its own clock.
+A cut-off run learns nothing from the kernel or the server before its lease is over, so whatever it
+knows, it knows by its own clock. Where nobody needs the end of a lease, it is ten minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import msr
-from tests.support.cli import Result, wait_until, write_scripts
+from tests.support.cli import PATIENCE, Result, wait_until, write_scripts
 from tests.support.figures import LONG, Figures, rounds
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import (
@@ -36,7 +36,9 @@ from tests.support.rig import Rig
 
 pytestmark = pytest.mark.timeout(180)
 
-LEASE = 1
+LEASE = 5
+"""Seconds, of which a busy machine may keep a run from its processor for three."""
+
 TAKEOVER = 2.0
 """Seconds after the lease in which a holder that is cut off is succeeded (L3)."""
 
@@ -51,6 +53,9 @@ LOOKS = 10
 GOODBYES = ("ROLLBACK_TIMEOUT", "CLOSE_TIMEOUT")
 BRIEF = {} if LONG else {f"msr.handlers.postgres.{name}": 0.5 for name in GOODBYES}
 """How long a silent server is asked to roll back and to close, where time is short."""
+
+OFTEN = {**BRIEF, "msr.locking.LONGEST_HEARTBEAT": 0.5}
+"""Renewed so often, a lease is never far from its full length."""
 
 
 @pytest.fixture
@@ -76,10 +81,13 @@ def folder(tmp_path: Path) -> Path:
 # The holder is cut off
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("doing", "without"),
-    [("idle", []), ("in a statement", []), ("idle", ["watch"])],
+    [
+        pytest.param("idle", [], marks=pytest.mark.alone),
+        pytest.param("in a statement", [], marks=pytest.mark.alone),
+        ("idle", ["watch"]),
+    ],
     ids=["idle", "in a statement", "idle, without the watch"],
 )
 def test_a_holder_that_is_cut_off(
@@ -104,22 +112,22 @@ def test_a_holder_that_is_cut_off(
     if doing == "in a statement":
         slow = {"V2_second.sql": "INSERT INTO work VALUES (1);\nSELECT pg_sleep(60);"}
     slow_folder = write_scripts(tmp_path / "slow", {**FIRST, **slow})
-    rig = Rig(without=without, bounds=BRIEF)
+    rig = Rig(without=without, bounds=OFTEN)
     holder = start_migrate(proxy.url, slow_folder, rig=rig, timeout=LEASE)
     if doing == "idle":
         gate.wait()
     else:
-        wait_until(partial(is_sleeping, url), timeout=30)
-    successor = start_migrate(url, folder, timeout=LEASE)
+        wait_until(partial(is_sleeping, url))
+    successor = start_migrate(url, folder)
     wait_for_waiting(successor)
     proxy.silence()
     silent = time.monotonic()
-    wait_until(lambda: applied(url) == [1, 2], timeout=30, interval=0.01)
+    wait_until(lambda: applied(url) == [1, 2], interval=0.01)
     took = time.monotonic() - silent
     assert finish(successor).exit_code == 0
     gate.open()
     if without:
-        wait_until(worked_on.exists, timeout=30)
+        wait_until(worked_on.exists)
         assert holder.poll() is None
     else:
         end = finish_in_one_line(holder)
@@ -139,23 +147,24 @@ def test_an_outage_shorter_than_the_lease(
 
     Without the heartbeat the lock is lost.
     """
-    lease, outage = rounds(4, 15), rounds(1, 5)
+    lease = 15 if without else 60
     gate = Gate(tmp_path)
     body = f"transaction = False\n{gate.script()}"
     folder = write_scripts(tmp_path / "scripts", {**FIRST, "V2_second.py": body})
-    run = start_migrate(proxy.url, folder, rig=Rig(without=without), timeout=lease)
+    run = start_migrate(proxy.url, folder, rig=Rig(without=without, bounds=OFTEN), timeout=lease)
     gate.wait()
-    if not without:
-        renewed = "SELECT FROM migration_locks WHERE renewed_at > {}"
-        wait_until(lambda: query(url, renewed.format("locked_at")), timeout=30)
-    proxy.silence()
-    time.sleep(outage)
-    proxy.resume()
     if without:
+        proxy.silence()
         assert finish_in_one_line(run).exit_code == 9
         return
+    renewed = "SELECT FROM migration_locks WHERE renewed_at > {}"
+    wait_until(lambda: query(url, renewed.format("locked_at")))
+    before = proxy.connections
+    proxy.silence()
+    wait_until(lambda: proxy.connections > before)  # it has given up on the one that it had
+    proxy.resume()
     [[now]] = query(url, "SELECT clock_timestamp()")
-    wait_until(lambda: query(url, renewed.format(f"'{now}'")), timeout=30)
+    wait_until(lambda: query(url, renewed.format(f"'{now}'")))
     gate.open()
     end = finish_in_one_line(run)
     assert end.exit_code == 0, end.stderr
@@ -165,9 +174,13 @@ def test_an_outage_shorter_than_the_lease(
 # A waiter is cut off
 
 
-@pytest.mark.parametrize("bound", [1, 600])
+BOUND = 4
+"""Seconds, which are enough for an answer on a busy machine."""
+
+
+@pytest.mark.parametrize("bound", [BOUND, 600])
 def test_a_waiter_that_is_cut_off(url: str, proxy: Proxy, folder: Path, bound: float) -> None:
-    """It gives up when one attempt has not been answered for fifteen seconds, here for one.
+    """It gives up when one attempt has not been answered for fifteen seconds, here for four.
 
     Without that bound it waits for the network, however long, and then for the lock.
     """
@@ -176,13 +189,13 @@ def test_a_waiter_that_is_cut_off(url: str, proxy: Proxy, folder: Path, bound: f
         waiter = start_migrate(proxy.url, folder, rig=rig)
         wait_for_waiting(waiter)
         proxy.silence()
-        if bound == 1:
+        if bound == BOUND:
             end = finish_in_one_line(waiter)
             assert (end.exit_code, end.stdout) == (7, "")
-            assert "did not answer within 1 s" in end.stderr
+            assert "did not answer within 4 s" in end.stderr
             return
         with pytest.raises(subprocess.TimeoutExpired):
-            finish(waiter, timeout=2)
+            finish(waiter, timeout=BOUND + 2)
         holder.release()
     proxy.resume()
     assert finish(waiter).exit_code == 0
@@ -248,17 +261,20 @@ def test_a_commit_that_is_lost(
     `lookup`: the network is there again in time to look. Without a look the report is a guess.
     """
     lost = lose_commit(proxy, what, how, new=not lookup)
-    bounds = BRIEF if lookup else {**BRIEF, "msr.unit.RESOLVE_BOUND": 0.6}
-    rig = Rig(without=without, bounds=bounds)
-    holder = start_migrate(proxy.url, folder, rig=rig, timeout=LEASE)
-    assert lost.wait(30)
+    # As long as the network is to come back, it has to look.
+    rig = Rig(
+        without=without, bounds={**OFTEN, "msr.unit.RESOLVE_BOUND": PATIENCE if lookup else 0.6}
+    )
+    # Nobody but the end of its lease tells it of a silent network.
+    holder = start_migrate(proxy.url, folder, rig=rig, timeout=LEASE if how == "silent" else 600)
+    assert lost.wait(PATIENCE)
     truth = "undone"
     if what == "the answer":
         truth = "applied"
-        wait_until(lambda: applied(url) == [1, 2], timeout=30)
-    assert finish(start_migrate(url, folder, timeout=LEASE)).exit_code == 0
+        wait_until(lambda: applied(url) == [1, 2])
+    assert finish(start_migrate(url, folder)).exit_code == 0
     if how == "silent" and lookup:
-        wait_until(partial(is_expired, url), timeout=30)
+        wait_until(partial(is_expired, url))
         proxy.resume()  # with it come the lost messages after all, late
     end = finish_in_one_line(holder)
     if without:
@@ -273,9 +289,9 @@ def test_a_commit_that_is_lost(
 def test_a_server_that_is_away_after_a_commit(url: str, proxy: Proxy, folder: Path) -> None:
     """The run ends with what became of its script, not with the loss of the session it noticed."""
     lost = lose_commit(proxy, "the COMMIT", "cut", new=True)
-    run = start_migrate(proxy.url, folder)
-    assert lost.wait(30)
-    wait_until(lambda: proxy.refused >= LOOKS, timeout=30)
+    run = start_migrate(proxy.url, folder, rig=Rig(bounds={"msr.unit.RESOLVE_BOUND": PATIENCE}))
+    assert lost.wait(PATIENCE)
+    wait_until(lambda: proxy.refused >= LOOKS)
     proxy.resume()
     end = finish_in_one_line(run)
     assert end.exit_code == 3, end
@@ -290,7 +306,9 @@ def test_a_commit_that_the_server_refuses(url: str, proxy: Proxy, tmp_path: Path
         INSERT INTO late VALUES (1), (1);
     """
     folder = write_scripts(tmp_path / "scripts", {**FIRST, "V2_refused.sql": refused})
-    end = finish_in_one_line(start_migrate(proxy.url, folder))
+    # After a second the heartbeat would connect, too.
+    run = start_migrate(proxy.url, folder, rig=Rig(without=["heartbeat"]))
+    end = finish_in_one_line(run)
     assert end.exit_code == 3
     assert "the script was rolled back" in end.stderr
     assert proxy.connections == 1

@@ -12,7 +12,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,16 +22,29 @@ import pytest
 
 import msr
 from msr.handlers import postgres_lock
-from tests.support.cli import Result, run_msr, wait_until, write_scripts
+from tests.support.cli import PATIENCE, Result, run_msr, wait_until, write_scripts
 from tests.support.figures import rounds
 from tests.support.mechanisms import switch_off
-from tests.support.migrations import applied, finish, lock_row, start_migrate, wait_for_waiting
+from tests.support.migrations import (
+    applied,
+    finish,
+    finish_in_one_line,
+    lock_row,
+    start_migrate,
+    wait_for_waiting,
+)
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PostgresServer
 from tests.support.queries import fetch, query
 from tests.support.rig import Rig, is_stopped
 
 DETECTION = "pooler detection"
+DIRECT = (DETECTION, "heartbeat")
+"""Without these a pooler is not noticed. A heartbeat would disturb the statements of the worker, on
+one session of the pool, in a control that takes longer than a second."""
+
+UNAWARE = ("heartbeat", "watch")
+"""Without these nobody hears of the loss of a lock before the fence or the release."""
 
 SCRIPTS = {
     "V1_log.sql": "CREATE TABLE log (id INTEGER);",
@@ -113,7 +126,7 @@ def test_migrators_at_once(direct: str, pooled: str, folder: Path) -> None:
     """One of five comes to the scripts, the others wait; each script is applied exactly once."""
     for _ in range(rounds(1, 20)):
         crowd = start_crowd(pooled, folder, Rig(at="before body"))
-        [holder] = wait_until(partial(stopped, crowd), timeout=30)
+        [holder] = wait_until(partial(stopped, crowd))
         for process in crowd:
             if process is not holder:
                 wait_for_waiting(process)
@@ -126,8 +139,8 @@ def test_migrators_at_once(direct: str, pooled: str, folder: Path) -> None:
 
 def test_migrators_at_once_without_the_lock(direct: str, pooled: str, folder: Path) -> None:
     """The control: all five come to the first script at the same time."""
-    crowd = start_crowd(pooled, folder, Rig(without=("lock",), at="before body"))
-    wait_until(lambda: stopped(crowd) == crowd, timeout=30)
+    crowd = start_crowd(pooled, folder, Rig(without=("lock", *UNAWARE), at="before body"))
+    wait_until(lambda: stopped(crowd) == crowd)
 
 
 def start_crowd(url: str, folder: Path, rig: Rig) -> list[subprocess.Popen[str]]:
@@ -164,7 +177,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("without", [(), (DETECTION,)])
+@pytest.mark.parametrize("without", [(), DIRECT])
 def test_a_script_outside_a_transaction_is_refused(
     direct: str, pooled: str, tmp_path: Path, without: tuple[str, ...]
 ) -> None:
@@ -204,9 +217,10 @@ async def test_nothing_is_left_on_the_sessions_of_the_pool(
         async with msr.MigrationScriptExecutor.from_url(pooled, listeners=[listen]).lock():
             pass
 
+    past = f"{direct}?application_name=past"  # the pooler
     async with (
         anyio.create_task_group() as tasks,
-        msr.MigrationScriptExecutor.from_url(direct).lock(),
+        msr.MigrationScriptExecutor.from_url(past).lock(),
     ):
         tasks.start_soon(wait_and_hold)
         await waits.wait()
@@ -231,7 +245,8 @@ async def leavings(direct: str, pooled: str) -> set[str]:
         for (pid,) in await fetch(
             direct,
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            " AND application_name <> 'past'",  # which may be seen for a moment after its end
         )
     }
     assert sessions, "the pool has no session any more, so there is nothing to look at"
@@ -250,7 +265,7 @@ async def leavings(direct: str, pooled: str) -> set[str]:
 
 
 @pytest.mark.parametrize("at", ["before record", "before script"])
-@pytest.mark.parametrize("without", [(), (DETECTION,)])
+@pytest.mark.parametrize("without", [(), DIRECT])
 def test_a_killed_holder_is_succeeded_when_its_lease_is_over(
     direct: str,
     pooled: str,
@@ -261,16 +276,21 @@ def test_a_killed_holder_is_succeeded_when_its_lease_is_over(
 ) -> None:
     """Killed in a transaction or between two scripts: not earlier, for nothing proves its death.
 
-    The control, whose lease of a minute is far from over, takes a session lock for a proof, and
-    one killed between two scripts leaves its session lock in the pool.
+    The control, whose lease is far from over, takes a session lock for a proof, and one killed
+    between two scripts leaves its session lock in the pool.
     """
     for mechanism in without:
         switch_off(mechanism, monkeypatch.setattr)
-    rig = Rig(at=at, nth=2, send=signal.SIGKILL, without=without)
-    victim = start_migrate(pooled, folder, rig=rig, timeout=60 if without else 1)
-    assert finish(victim).exit_code == -signal.SIGKILL
+    # The heartbeat must not have a renewal under way when it is killed.
+    rig = Rig(at=at, nth=2, send=signal.SIGKILL, without=without or ("heartbeat",))
+    assert finish(start_migrate(pooled, folder, rig=rig)).exit_code == -signal.SIGKILL
+    if not without:
+        soon = "clock_timestamp() + interval '1 second'"
+        query(direct, f"UPDATE migration_locks SET expires_at = {soon}")
     [[expires_at]] = query(direct, "SELECT expires_at FROM migration_locks")
-    assert (advisory_locks(direct) > 0) is (without != () and at == "before script")
+    stays = without != () and at == "before script"
+    # The pooler needs a moment to end the session of a client that is gone.
+    wait_until(lambda: (advisory_locks(direct) > 0) is stays)
     result = migrate(pooled, folder)
     assert [script.version for script in result.executed] == [2, 3]
     [[started_at]] = query(direct, "SELECT started_at FROM schema_version WHERE version = 2")
@@ -309,36 +329,34 @@ def test_a_holder_keeps_others_out(
     # So long a session may have the key without the row; then it is ended, if it is judged so.
     monkeypatch.setattr(postgres_lock, "GRACE", 0.1)
     # In the control the first must not notice its loss, and end the second, before that is done.
-    for mechanism in (*without, "heartbeat", "watch") if without else ():
+    for mechanism in (*without, *UNAWARE) if without else ():
         switch_off(mechanism, monkeypatch.setattr)
     first, second = WAYS[way](direct, pooled)
 
     async def contend() -> None:
         async with msr.MigrationScriptExecutor.from_url(first).lock():
-            await msr.migrate(second, folder=folder, locking={"wait": 20 if without else 0.3})
+            await msr.migrate(second, folder=folder, locking={"wait": PATIENCE if without else 0.3})
 
-    with pytest.raises(msr.LockLostError if without else msr.LockHeldError):
+    # Whether the first then hears what it has lost depends on how soon the pooler tells it.
+    with suppress(msr.LockLostError) if without else pytest.raises(msr.LockHeldError):
         asyncio.run(contend())
     assert applied(direct) == ([1, 2, 3] if without else [])
 
 
 # Frozen
 
-UNAWARE = ("heartbeat", "watch")
-"""Without these it does not hear of its loss when it goes on, so that the fence alone stops it."""
-
 
 def go_on(frozen: subprocess.Popen[str]) -> Result:
     """Let it go on, to its end."""
     frozen.send_signal(signal.SIGCONT)
-    return finish(frozen)
+    return finish_in_one_line(frozen)
 
 
 def go_on_in_anothers_lease(url: str, frozen: subprocess.Popen[str]) -> Result:
     """Let it go on when another has taken the lock over."""
 
     async def supersede() -> Result:
-        async with msr.MigrationScriptExecutor.from_url(url).lock(wait=30):
+        async with msr.MigrationScriptExecutor.from_url(url).lock(wait=PATIENCE):
             return await anyio.to_thread.run_sync(go_on, frozen)
 
     return asyncio.run(supersede())
@@ -364,14 +382,13 @@ def test_a_superseded_holder_commits_nothing(
     """S2, S3: its lease is over, its work is done but for the history row, which is kept out."""
     rig = Rig(without=UNAWARE if fence else (*UNAWARE, "fence"), at="before record", nth=2)
     frozen = start_migrate(pooled, folder, rig=rig)
-    wait_until(lambda: is_stopped(frozen.pid), timeout=30)
+    wait_until(lambda: is_stopped(frozen.pid))
     query(direct, "UPDATE migration_locks SET expires_at = clock_timestamp()")
     end = SUPERSEDED[how](pooled, frozen)
     if not fence:
         assert 2 in applied(direct)
         return
     assert end.exit_code == 9
-    assert end.stderr.count("\n") == 1
     assert applied(direct) == [1]
     migrate(pooled, folder)
     assert_applied_once(direct)
@@ -386,9 +403,9 @@ def test_a_commit_that_may_come_is_not_overtaken(
     The pooler rolls back for a client that is gone. The control releases what then commits.
     """
     monkeypatch.setattr(postgres_lock, "BLOCKED_AFTER", 0.1)
-    rig = Rig(without=() if fence else ("fence",), at="after record", nth=2)
+    rig = Rig(without=() if fence else (*UNAWARE, "fence"), at="after record", nth=2)
     frozen = start_migrate(pooled, folder, rig=rig)
-    wait_until(lambda: is_stopped(frozen.pid), timeout=30)
+    wait_until(lambda: is_stopped(frozen.pid))
     executor = msr.MigrationScriptExecutor.from_url(pooled)
     if not fence:
         assert asyncio.run(executor.force_release_lock())
@@ -399,6 +416,7 @@ def test_a_commit_that_may_come_is_not_overtaken(
         asyncio.run(executor.force_release_lock())
     frozen.kill()
     frozen.wait()
+    monkeypatch.setattr(postgres_lock, "BLOCKED_AFTER", PATIENCE)  # until the pooler has done so
     assert asyncio.run(executor.force_release_lock())
     migrate(pooled, folder)
     assert_applied_once(direct)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Result, start_python, write_scripts
+from tests.support.cli import start_python, wait_until, write_scripts
 from tests.support.figures import LONG, Figures, rounds
 from tests.support.migrations import applied, finish, lock_row, start_migrate
 from tests.support.queries import query
-from tests.support.rig import Rig
+from tests.support.rig import Rig, is_stopped
 
 CROWD = 20
 CONTENDERS = 8
 NO_LOCK = Rig(without=["lock"])
+AT_ONCE = Rig(without=["lock", "heartbeat", "watch"], at="before script")
+"""Each stands before its first script until all do, without hearing meanwhile of what it lost."""
 
 pytestmark = pytest.mark.timeout(1200 if LONG else 180)
 
@@ -37,24 +40,22 @@ async def up(db):
 """
 
 
-def migrate_together(
-    url: str, folder: Path, names: Sequence[str], crowd: int, rig: Rig | None = None
-) -> list[Result]:
-    """The ends of a crowd that started at once, on a first script that does not hide it."""
+def write(folder: Path, names: Sequence[str]) -> Path:
+    """A first script that does not hide it when two run it, and others that need it."""
     scripts = {
         name: f"CREATE TABLE t{number} (id INTEGER);\nINSERT INTO log VALUES ({number});"
         for number, name in enumerate(names[1:], start=2)
     }
-    write_scripts(folder, {names[0]: FIRST, **scripts})
-    processes = [start_migrate(url, folder, rig=rig) for _ in range(crowd)]
-    return [finish(process, timeout=120) for process in processes]
+    return write_scripts(folder, {names[0]: FIRST, **scripts})
 
 
 @pytest.mark.parametrize("again", range(rounds(1, 20)))
 def test_twenty_at_once_on_an_empty_database(database_url: str, tmp_path: Path, again: int) -> None:
     """Every script is applied exactly once, and all twenty processes end well."""
     names = ["V1_log.py", *(f"V{number}_x.sql" for number in range(2, CROWD + 1))]
-    ends = migrate_together(database_url, tmp_path / "scripts", names, CROWD)
+    folder = write(tmp_path / "scripts", names)
+    crowd = [start_migrate(database_url, folder) for _ in range(CROWD)]
+    ends = [finish(process) for process in crowd]
     assert [end for end in ends if end.exit_code] == []
     assert applied(database_url) == list(range(1, CROWD + 1))
     log = query(database_url, "SELECT id FROM log ORDER BY id")
@@ -66,8 +67,12 @@ def test_twenty_at_once_on_an_empty_database(database_url: str, tmp_path: Path, 
 
 def test_control_a_crowd_without_the_lock(database_url: str, tmp_path: Path) -> None:
     """Without the lock they find each other's half-done work, and fail."""
-    names = ["V1_log.py", "V2_x.sql"]
-    ends = migrate_together(database_url, tmp_path / "scripts", names, 6, NO_LOCK)
+    folder = write(tmp_path / "scripts", ["V1_log.py", "V2_x.sql"])
+    crowd = [start_migrate(database_url, folder, rig=AT_ONCE) for _ in range(6)]
+    wait_until(lambda: all(is_stopped(process.pid) for process in crowd))
+    for process in crowd:
+        process.send_signal(signal.SIGCONT)
+    ends = [finish(process) for process in crowd]
     assert any(end.exit_code for end in ends)
 
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 import msr
-from tests.support.cli import start_python, wait_until, write_scripts
+from tests.support.cli import PATIENCE, start_python, wait_until, write_scripts
 from tests.support.figures import LONG, Figures, percentile, rounds
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import (
@@ -88,9 +88,12 @@ async def test_a_release_wakes_the_waiter(database_url: str, figures: Figures) -
 
 
 async def test_control_a_waiter_that_nothing_wakes(database_url: str) -> None:
-    """Between its slowest polls it finds the lock free too late."""
-    delays = await wake_up(database_url, 3, Rig(without=["wake-up"]))
-    assert percentile(delays, 95) > WAKE_UP, delays
+    """Between its slowest polls it finds the lock free too late.
+
+    Not every time: where the release comes late, the next poll may be due.
+    """
+    delays = await wake_up(database_url, 6, Rig(without=["wake-up"]))
+    assert max(delays) > WAKE_UP, delays
 
 
 # Not needing it
@@ -109,7 +112,7 @@ def returned(url: str, folder: Path, patience: float, rig: Rig | None = None) ->
     for follower in followers:
         wait_for_waiting(follower)
     gate.open()
-    wait_until(lambda: is_stopped(leader.pid), timeout=20)
+    wait_until(lambda: is_stopped(leader.pid))
     with suppress(AssertionError):
         wait_until(lambda: None not in [it.poll() for it in followers], timeout=patience)
     count = WAITERS - [follower.returncode for follower in followers].count(None)
@@ -124,7 +127,7 @@ def returned(url: str, folder: Path, patience: float, rig: Rig | None = None) ->
 
 def test_who_finds_the_schema_at_head_takes_no_lock(database_url: str, tmp_path: Path) -> None:
     """L1: the followers return when the work is done, whoever has the lock then."""
-    assert returned(database_url, tmp_path / "scripts", patience=30) == WAITERS
+    assert returned(database_url, tmp_path / "scripts", PATIENCE) == WAITERS
     assert lock_row(database_url)[0] == 1
 
 
@@ -139,7 +142,7 @@ def test_control_followers_that_do_not_look(database_url: str, tmp_path: Path) -
 
 IN_THE_WAY = """
 SELECT pid, state, query FROM pg_stat_activity
-WHERE datname = current_database() AND backend_type = 'client backend'
+WHERE datname = current_database() AND application_name = 'waiter'
   AND (state LIKE 'idle in transaction%' OR wait_event_type = 'Lock')
 """
 
@@ -149,6 +152,8 @@ def waiting(url: str, folder: Path, rig: Rig | None = None) -> Iterator[list[Pop
     """Several `migrate` that wait for the lock in the body; the holder is killed after it."""
     write_scripts(folder, {"V1_mine.sql": "CREATE TABLE mine (id INTEGER);"})
     with hold_lock(url):
+        if not is_sqlite(url):  # the holder's heartbeat begins with a transaction
+            url += "?application_name=waiter"
         yield [start_migrate(url, folder, rig=rig) for _ in range(WAITERS)]
 
 
@@ -183,18 +188,19 @@ def test_waiting_hinders_nobody(database_url: str, tmp_path: Path) -> None:
             wait_for_waiting(waiter)
         if not is_sqlite(database_url):
             assert [query(database_url, IN_THE_WAY) for _ in range(20)] == [[]] * 20
-        assert hindered(database_url, patience=20) == set()
+        assert hindered(database_url, PATIENCE) == set()
     assert [end for end in map(finish, waiters) if end.exit_code] == []
 
 
 def test_control_waiters_that_do_not_poll(database_url: str, tmp_path: Path) -> None:
     """Waiters inside a statement, or in a transaction between two, keep everybody from both."""
-    with waiting(database_url, tmp_path / "scripts", Rig(without=["polling"])) as waiters:
+    rig = Rig(without=["polling"], bounds={"msr.locking.ATTEMPT_BOUND": 600.0})
+    with waiting(database_url, tmp_path / "scripts", rig) as waiters:
         if is_sqlite(database_url):
             for waiter in waiters:
                 wait_for_waiting(waiter)
             expected = {"vacuum"}
         else:
-            wait_until(lambda: len(query(database_url, IN_THE_WAY)) == WAITERS, timeout=20)
+            wait_until(lambda: len(query(database_url, IN_THE_WAY)) == WAITERS)
             expected = {"vacuum", "build"}
         assert hindered(database_url, patience=1) == expected

@@ -20,7 +20,7 @@ import msr
 from msr.handlers import postgres_lock
 from msr.plan import HistoryRow
 from tests.conformance.support import acquire, locking, owner
-from tests.support.cli import wait_until_async
+from tests.support.cli import PATIENCE, wait_until_async
 from tests.support.queries import fetch
 
 ROW = HistoryRow(1, "first", "checksum", "applied")
@@ -102,7 +102,7 @@ async def test_a_fence_lets_the_heartbeat_pass(postgres: Postgres) -> None:
     lease = await acquire(session)
     async with session.transaction(lease):
         await session.record(ROW, lease)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE):
             assert await locking(heartbeat).renew(lease)
     assert [row.version for row in await session.read_history()] == [1]
 
@@ -115,7 +115,14 @@ async def test_a_release_does_not_overtake_a_fence(postgres: Postgres) -> None:
     session, other = await postgres.session(), await postgres.session()
     lease = await postgres.fenced(session)
     releasing = asyncio.ensure_future(locking(other).release(lease))
-    await asyncio.wait([releasing], timeout=0.3)
+
+    async def has_come_there() -> bool:
+        waiting = "datname = current_database() AND wait_event_type = 'Lock'"
+        return releasing.done() or bool(
+            await fetch(postgres.url, f"SELECT FROM pg_stat_activity WHERE {waiting}")
+        )
+
+    await wait_until_async(has_come_there)
     free = not (await locking(await postgres.session()).get_status()).is_locked
     await postgres.stack.aclose()
     await asyncio.wait([releasing])

@@ -67,7 +67,8 @@ def test_liquibase_lock_of_a_killed_pod(
     """
     with hold_lock(database_url) as holder:
         holder.kill()
-        end = finish(start_migrate(database_url, folder, rig=rig(without), wait=3))
+        wait = 1 if without else 30  # a server may need a moment to see that its client is gone
+        end = finish(start_migrate(database_url, folder, rig=rig(without), wait=wait))
     assert end.exit_code == (HELD if without else 0)
     assert applied(database_url) == ([] if without else [1])
 
@@ -94,7 +95,9 @@ def test_golang_migrate_and_hexpm_index_build_behind_waiters(
     )
     builder = start_migrate(postgres_url, folder)
     gate.wait()
-    waiter = start_migrate(postgres_url, folder, rig=rig(without))
+    # In the control the waiter must not give up before the builder is seen to be stuck.
+    patient = Rig(without=without, bounds={"msr.locking.ATTEMPT_BOUND": 600}) if without else None
+    waiter = start_migrate(postgres_url, folder, rig=patient)
     asked = "query LIKE '%pg_advisory_lock(%' AND wait_event = 'advisory'"
     if without:
         wait_until(lambda: query(postgres_url, f"SELECT 1 FROM pg_stat_activity WHERE {asked}"))
@@ -113,7 +116,7 @@ def test_golang_migrate_and_hexpm_index_build_behind_waiters(
     assert applied(postgres_url) == [1, 2]
 
 
-@both_ways("pooler detection")
+@both_ways("pooler detection", "heartbeat")
 def test_authentik_lock_stranded_in_pgbouncer(
     postgres_server: PostgresServer, postgres_url: str, folder: Path, without: Sequence[str]
 ) -> None:
@@ -263,10 +266,12 @@ def test_expired_lock_that_a_waiter_never_noticed(
     Expired locks were cleaned up when a process started and never again: a waiter that came a
     moment too early stood before a lock that was free for everybody else.
     """
-    with hold_lock(database_url, timeout=1) as holder:
+    # Its lease is over when we say so, and no renewal is on its way then.
+    with hold_lock(database_url, rig=Rig(without=["heartbeat"])) as holder:
         waiter = start_migrate(database_url, folder, rig=rig(without), wait=5 if without else 60)
         wait_for_waiting(waiter)
         holder.freeze()
+        query(database_url, "UPDATE migration_locks SET expires_at = '2001-02-03T04:05:06.789Z'")
         assert finish(waiter).exit_code == (HELD if without else 0)
     assert applied(database_url) == ([] if without else [1])
 
