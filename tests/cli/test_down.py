@@ -17,6 +17,7 @@ from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import finish, is_sqlite, lock_row, rows_of, wait_for_waiting
 from tests.support.queries import query, table_names
+from tests.support.rig import Rig
 
 SECOND = """\
 async def up(db):
@@ -526,8 +527,8 @@ class TestHeldLock:
     @pytest.mark.parametrize("arguments", [["--no-wait"], ["--wait", "0.3"]])
     def test_the_wait_is_over(self, three: str, arguments: list[str]) -> None:
         """Exit 8 when the wait is over; who holds the lock is said, and nothing is taken back."""
-        with hold_lock(three, running="a backup") as holder:
-            holder.freeze()  # so that it does not renew its lease
+        rig = Rig(without=["heartbeat"])  # so that it does not renew its lease
+        with hold_lock(three, running="a backup", rig=rig) as holder:
             before = dump(three)
 
             result = run_msr("down", "0", *arguments)
@@ -581,10 +582,11 @@ class TestHeldLock:
 
     def test_no_lock(self, three: str) -> None:
         """--no-lock warns, neither waits for the holder nor takes anything from it."""
-        with hold_lock(three) as holder:
+        rig = Rig(without=["heartbeat"])  # so that it does not renew its lease
+        with hold_lock(three, rig=rig) as holder:
             before = query(three, "SELECT * FROM migration_locks")
 
-            result = run_msr("down", "1", "--no-lock", timeout=40)
+            result = run_msr("down", "1", "--no-lock")
 
             assert result.exit_code == 0
             assert result.stderr == (

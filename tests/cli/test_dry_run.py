@@ -17,6 +17,7 @@ from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import finish, rows_of
 from tests.support.queries import query, table_names
+from tests.support.rig import Rig
 
 SECOND = """\
 async def up(db):
@@ -376,8 +377,8 @@ class TestChangesNothing:
     def test_held_lock(self, three: str, folder: Path) -> None:
         """The lock of somebody else is neither waited for nor touched."""
         run_msr("migrate", "2")
-        with hold_lock(three) as holder:
-            holder.freeze()  # so that it does not renew its lease
+        rig = Rig(without=["heartbeat"])  # so that it does not renew its lease
+        with hold_lock(three, rig=rig):
             check_unchanged(three, folder, ["migrate", "down 0 --sql"])
 
             assert planned("migrate") == ["late/V10_third.up.sql", "R_ours.sql"]

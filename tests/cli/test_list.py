@@ -62,11 +62,11 @@ def test_every_status(migrated_url: str, folder: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     expected = [
         "Version Status Applied at Duration Script By",
-        rf"1 applied {MOMENT} \d+ ms V1_first\.sql {WHO}",
+        rf"1 applied {MOMENT} \S+ m?s V1_first\.sql {WHO}",
         r"2 out-of-order V2_late\.sql",
-        rf"3 changed {MOMENT} \d+ ms V3_more\.sql {WHO}",
-        rf"4 missing {MOMENT} \d+ ms \(more\) {WHO}",
-        rf"5 unfinished {MOMENT} \d+ ms V5_more\.sql {WHO}",
+        rf"3 changed {MOMENT} \S+ m?s V3_more\.sql {WHO}",
+        rf"4 missing {MOMENT} \S+ m?s \(more\) {WHO}",
+        rf"5 unfinished {MOMENT} \S+ m?s V5_more\.sql {WHO}",
         r"6 pending V6_next\.sql",
         "",
         "6 scripts: 1 applied, 1 out-of-order, 1 changed, 1 missing, 1 unfinished, 1 pending",

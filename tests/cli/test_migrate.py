@@ -17,11 +17,13 @@ import pytest
 from msr.urls import parse_url
 from tests.support.cli import (
     MSR,
+    PATIENCE,
     Result,
     own_lines,
     run_msr,
     start_msr,
     unstamped,
+    unwaited,
     wait_until,
     write_scripts,
 )
@@ -32,7 +34,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.queries import exists, query, table_names
 
 FIRST = {"V1_first.sql": "CREATE TABLE first (id int);"}
-TOOK = r"\(\d+ ms\)"
+TOOK = r"\(\S+ m?s\)"
 
 # The second statement fails, on line 4; what the first made must be gone afterwards.
 BAD = """
@@ -232,10 +234,6 @@ class TestFailure:
         assert dump(migrated_url) == before
 
 
-ALMOST_FREE = "Waiting for the migration lock, which is about to be free\n"
-"""What a waiter says that looks between the two steps of a release: the row, and the key."""
-
-
 class TestHeldLock:
     """Another process has the lock."""
 
@@ -251,7 +249,9 @@ class TestHeldLock:
             assert line.startswith("✗ Error: another process holds the migration lock: ")
             assert f"{holder.locked_by}, running a backup, since 20" in line
             assert line.endswith("; try again, wait longer, or look with: msr lock:status")
-            assert result.stderr.count("\n") == 1 + (arguments[-1] == "0.3")  # the waiting line
+            # And whom it waits for, unless its first look took as long as it should wait.
+            before = result.stderr.count("\n") - 1
+            assert before in ((0, 1) if arguments[-1] == "0.3" else (0,))
             assert tables(url) == set()
             held = query(url, "SELECT token, locked_by FROM migration_locks")
             assert held == [(holder.token, holder.locked_by)]
@@ -273,7 +273,7 @@ class TestHeldLock:
         assert document["error"]["type"] == "LockHeldError"
         assert document["error"]["status"]["process_id"] == migration.pid
         gate.open()
-        assert migration.wait(20) == 0
+        assert migration.wait(PATIENCE) == 0
 
     def test_progress_of_a_script(self, url: str, folder: Path, gate: Gate) -> None:
         """How far a script says it is shows in the status and to who waits, before it commits."""
@@ -288,7 +288,7 @@ class TestHeldLock:
 
         assert read_line(follower).endswith(f", running {doing}\n")
         gate.open()
-        assert (migration.wait(20), follower.wait(20)) == (0, 0)
+        assert (migration.wait(PATIENCE), follower.wait(PATIENCE)) == (0, 0)
 
     def test_waits_and_migrates(self, url: str, folder: Path) -> None:
         """While it waits it says for whom on stderr; when the lock is free it goes on."""
@@ -301,8 +301,8 @@ class TestHeldLock:
             )
 
             assert holder.release() == 0
-            stdout, stderr = migration.communicate(timeout=40)
-        assert (migration.returncode, unstamped(stderr).removeprefix(ALMOST_FREE)) == (0, "")
+            stdout, stderr = migration.communicate(timeout=PATIENCE)
+        assert (migration.returncode, unwaited(stderr)) == (0, "")
         assert unstamped(stdout).startswith("Applied V1_first.sql ")
 
     def test_follower(self, url: str, folder: Path, gate: Gate) -> None:
@@ -317,11 +317,11 @@ class TestHeldLock:
             assert read_line(process).endswith(", running V1_slow.py (1 of 1)\n")
 
         gate.open()
-        assert leader.wait(20) == 0
-        stdout, stderr = follower.communicate(timeout=40)
-        assert (follower.returncode, stderr.removeprefix(ALMOST_FREE)) == (0, "")
+        assert leader.wait(PATIENCE) == 0
+        stdout, stderr = follower.communicate(timeout=PATIENCE)
+        assert (follower.returncode, unwaited(stderr)) == (0, "")
         assert stdout == "✓ Nothing left to do: another process applied 1 script\n"
-        document = json.loads(listening.communicate(timeout=40)[0])
+        document = json.loads(listening.communicate(timeout=PATIENCE)[0])
         assert (document["followed"], document["executed"]) == (True, [])
 
     def test_expired(self, page_url: str, folder: Path) -> None:
@@ -356,7 +356,7 @@ class TestNoLock:
             row = "SELECT name, token, locked_by, locked_at, running FROM migration_locks"
             before = query(url, row)
 
-            result = run_msr("migrate", "--no-lock", timeout=40)
+            result = run_msr("migrate", "--no-lock")
 
             assert result.exit_code == 0
             assert tables(url) == {"first"}
@@ -423,10 +423,15 @@ def sleep_in_sql(url: str) -> str:
     return "SELECT pg_sleep(300);"
 
 
+SLEEPING = """
+SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()
+"""
+
+
 def is_inside_a_script(url: str) -> bool:
     """Whether `sleep_in_sql` sleeps: in SQLite nobody else can write then, after the first."""
     if not url.startswith("sqlite"):
-        return bool(query(url, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+        return bool(query(url, SLEEPING))
     path = parse_url(url).path or ""
     if not exists(url) or "first" not in tables(url):
         return False
@@ -436,6 +441,22 @@ def is_inside_a_script(url: str) -> bool:
         except sqlite3.OperationalError:
             return True
     return False
+
+
+STUBBORN = """
+import pathlib, signal
+import anyio
+
+def say_when_it_is_heard():
+    hear = signal.getsignal(signal.SIGINT)
+
+    def say(*heard):
+        hear(*heard)
+        pathlib.Path("heard").touch()
+
+    signal.signal(signal.SIGINT, say)
+
+"""
 
 
 def interrupted(name: str) -> str:
@@ -459,7 +480,7 @@ class TestSignals:
 
         migration.send_signal(signal.Signals[name])
 
-        stdout, stderr = migration.communicate(timeout=40)
+        stdout, stderr = migration.communicate(timeout=PATIENCE)
         assert (migration.returncode, stderr) == (code, interrupted(name))
         assert re.fullmatch(rf"Applied V1_first\.sql {TOOK}\n", unstamped(stdout))
         assert tables(url) == {"first"}
@@ -474,7 +495,7 @@ class TestSignals:
 
         migration.terminate()
 
-        document = json.loads(migration.communicate(timeout=40)[0])
+        document = json.loads(migration.communicate(timeout=PATIENCE)[0])
         assert migration.returncode == 143
         assert document["error"]["type"] == "Interrupted"
         assert document["error"]["applied"] == ["V1_first.sql"]
@@ -487,7 +508,7 @@ class TestSignals:
 
         migration.terminate()
 
-        stdout, stderr = migration.communicate(timeout=40)
+        stdout, stderr = migration.communicate(timeout=PATIENCE)
         assert (migration.returncode, stderr) == (143, interrupted("SIGTERM"))
         assert re.fullmatch(rf"Applied V1_first\.sql {TOOK}\n", unstamped(stdout))
         assert versions(url) == [1]
@@ -502,7 +523,7 @@ class TestSignals:
 
         migration.terminate()
 
-        _, stderr = migration.communicate(timeout=40)
+        _, stderr = migration.communicate(timeout=PATIENCE)
         assert (migration.returncode, stderr) == (143, interrupted("SIGTERM"))
         assert versions(url) == [1]
         assert is_free(url)
@@ -519,15 +540,15 @@ class TestSignals:
             other.terminate()
             migration.send_signal(signal.SIGINT)
 
-            assert other.wait(10) == 143
-            document = json.loads(migration.communicate(timeout=40)[0])
+            assert other.wait(PATIENCE) == 143
+            document = json.loads(migration.communicate(timeout=PATIENCE)[0])
             assert (migration.returncode, document["error"]["type"]) == (130, "Interrupted")
             assert holder.release() == 0
         assert tables(url) == set()
 
     def test_second_signal(self, url: str, folder: Path, gate: Gate) -> None:
         """A script that shields itself holds up the first signal; a second one ends the process."""
-        script = "import anyio\n" + gate.script().replace(
+        script = STUBBORN + gate.script("say_when_it_is_heard()").replace(
             "    while", "    with anyio.CancelScope(shield=True):\n     while", 1
         )
         write_scripts(folder, {"V1_stubborn.py": script})
@@ -535,11 +556,12 @@ class TestSignals:
         gate.wait()
 
         migration.send_signal(signal.SIGINT)
+        wait_until(Path("heard").exists)  # before that, two signals may be one
         with pytest.raises(subprocess.TimeoutExpired):
             migration.wait(0.5)
         migration.send_signal(signal.SIGINT)
 
-        assert migration.wait(5) == 130
+        assert migration.wait(PATIENCE) == 130
         assert run_msr("lock:release", "--force", "--yes").exit_code == 0
         assert versions(url) == []
 
@@ -561,7 +583,7 @@ def test_server_ends_the_session(url: str, folder: Path) -> None:
     wait_until(lambda: is_inside_a_script(url))
     query(url, "SELECT pg_terminate_backend(session) FROM migration_locks")
 
-    _, stderr = migration.communicate(timeout=40)
+    _, stderr = migration.communicate(timeout=PATIENCE)
 
     assert migration.returncode in (3, 7)
     assert stderr.startswith("✗ Error: ")
@@ -609,7 +631,9 @@ class TestOutput:
         write_scripts(folder, FIRST)
         command = f"set -o pipefail; {MSR} migrate {redirection}"
 
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=40)
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE
+        )
 
         full = "⚠️  Warning: the output cannot be written: No space left on device\n"
         assert (done.returncode, done.stderr) == (0, full if "full" in redirection else "")
@@ -657,6 +681,6 @@ class TestOutput:
 
         migration.terminate()
 
-        _, stderr = migration.communicate(timeout=40)
+        _, stderr = migration.communicate(timeout=PATIENCE)
         said = "V1_slow.py ran outside a transaction: check by hand what it did, then msr repair"
         assert (migration.returncode, said in stderr) == (143, True)

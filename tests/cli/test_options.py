@@ -115,7 +115,7 @@ class TestKeys:
         """`locking.wait` is how long a held lock is waited for."""
         write_scripts(folder, FIRST)
         with hold_lock(url):
-            result = run_msr("migrate", env=write({"locking.wait": 0.2}), timeout=40)
+            result = run_msr("migrate", env=write({"locking.wait": 0.2}))
 
         assert result.exit_code == 8
 

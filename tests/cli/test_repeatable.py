@@ -100,7 +100,7 @@ def test_list(repeated_url: str, folder: Path) -> None:
     lines = run_msr("list").stdout.splitlines()
     said = json.loads(run_msr("list", "--json").stdout)["scripts"]
 
-    assert [re.sub(r"20\S+Z +\d+ ms", "AT", line).split()[:4] for line in lines[3:7]] == [
+    assert [re.sub(r"20\S+Z +\S+ m?s", "AT", line).split()[:4] for line in lines[3:7]] == [
         ["R", "applied", "AT", "sub/R_a_function.py"],
         ["R", "pending", "AT", "R_b_view.sql"],
         ["R", "missing", "AT", "(c)"],

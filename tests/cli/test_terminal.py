@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pexpect import EOF
 
-from tests.support.cli import own_lines, run_msr, unstamped, write_scripts
+from tests.support.cli import MSR, PATIENCE, own_lines, run_msr, unstamped, write_scripts
 from tests.support.databases import on_sqlite
 from tests.support.holder import Gate, hold_lock
 from tests.support.queries import query
@@ -36,7 +36,7 @@ def shown(*arguments: str, **options: Any) -> tuple[int, str]:
     """The exit code, and all that the terminal was sent."""
     with at_a_terminal(*arguments, **options) as (terminal, process):
         terminal.expect_exact(EOF)
-        return process.wait(30), terminal.before.replace("\r\n", "\n")
+        return process.wait(PATIENCE), terminal.before.replace("\r\n", "\n")
 
 
 def plain(text: str) -> str:
@@ -62,7 +62,7 @@ def test_bar(url: str, folder: Path, gate: Gate) -> None:
         gate.open()
         terminal.expect_exact(EOF)
         text = plain(terminal.before)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
 
     lines = [line for line in text.splitlines() if line.strip()]
     assert "Applied V3_more.sql (" in text
@@ -82,7 +82,7 @@ def test_waiting(url: str, folder: Path) -> None:
         assert holder.release() == 0
         terminal.expect_exact("Applied V1_first.sql")
         terminal.expect_exact(EOF)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 @on_sqlite
@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_a_whole_terminal(url: str, folder: Path, gate: Gate) -> N
         gate.wait()
         terminal.send("\x03")
         terminal.expect_exact(EOF)
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE) == 130
         assert "\x1b[?25h" in terminal.before
         said = [line for line in plain(terminal.before).splitlines() if line.strip()]
         assert said[-1].startswith("✗ Error: interrupted by SIGINT")
@@ -169,7 +169,7 @@ def test_verbose(url: str, folder: Path) -> None:
     brief = run_msr("list").stdout
 
     lines = unstamped(result.stdout).splitlines()
-    assert re.fullmatch(r"Got the migration lock, token 1, after \d+ ms", lines[0])
+    assert re.fullmatch(r"Got the migration lock, token 1, after \S+ m?s", lines[0])
     assert lines[1] == "Running V1_first.sql (1 of 1)"
     assert lines[2].startswith("Applied V1_first.sql")
     assert lines[3] == "Released the migration lock, token 1"
@@ -212,7 +212,11 @@ def test_last_ones(url: str, folder: Path) -> None:
 
 @pytest.mark.alone
 def test_a_long_list_is_quick(url: str, folder: Path) -> None:
-    """A thousand rows take well under a second longer than one, also as a table."""
+    """A thousand rows take little more than what it takes to start, also as a table.
+
+    What counts is the work of the processor: how long the machine keeps a process waiting for it
+    says nothing, and neither does how fast it is.
+    """
     write_scripts(folder, {f"V{n}_x.sql": "SELECT 1;" for n in range(1, 1001)})
     assert run_msr("migrate", "1").exit_code == 0
     row = "'x', 'c', 'applied', '2025-01-02T03:04:05Z'"
@@ -220,11 +224,19 @@ def test_a_long_list_is_quick(url: str, folder: Path) -> None:
     columns = "(version, name, checksum, status, started_at)"
     query(url, f"INSERT INTO schema_version {columns} VALUES {rows}")
 
-    def took(run: Any) -> float:
-        began = time.monotonic()
-        run()
-        return time.monotonic() - began
+    def work(run: Any, *arguments: str) -> float:
+        """Of the processes that are children of this one, unlike those of `run_msr`."""
+        took = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            run(*arguments)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(took)
 
-    start = min(took(lambda: run_msr("--version")) for _ in range(3))
-    assert min(took(lambda: run_msr("list")) for _ in range(3)) - start < 0.7
-    assert min(took(lambda: shown("list")) for _ in range(3)) - start < 1.5
+    def piped(*arguments: str) -> None:
+        subprocess.run([MSR, *arguments], stdout=subprocess.PIPE, check=True)
+
+    start = work(piped, "--version")
+    assert work(piped, "list") < 5 * start
+    assert work(shown, "list") < 10 * start

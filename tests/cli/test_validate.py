@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Result, run_msr, start_msr, write_scripts
+from tests.support.cli import PATIENCE, Result, run_msr, start_msr, write_scripts
 from tests.support.dump import dump
 from tests.support.holder import Gate, hold_lock
 from tests.support.queries import query
@@ -377,4 +377,4 @@ def test_a_script_that_runs_now(url: str, folder: Path, gate: Gate) -> None:
     gate.open()
 
     assert (running.exit_code, running.stderr) == (0, "")
-    assert migration.wait(20) == 0
+    assert migration.wait(PATIENCE) == 0

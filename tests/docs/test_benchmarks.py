@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli import PATIENCE
 from tests.support.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def test_benchmark_prints_its_table(postgres_server: PostgresServer, command: li
         env={**os.environ, "MSR_TEST_POSTGRES_URL": postgres_server.url()},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, "")
     _, _, *rows = done.stdout.splitlines()

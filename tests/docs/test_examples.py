@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import MutableMapping
@@ -16,7 +18,7 @@ import httpx
 import pytest
 
 import msr
-from tests.support.cli import write_scripts
+from tests.support.cli import PATIENCE, write_scripts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [
@@ -86,19 +88,52 @@ async def test_failing_script_fails_the_startup(
     assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
 
 
+PAUSE = "await asyncio.sleep(SECONDS / len(ORDERS))"
+"""What gives a reader time to look at the lock, in the fourth script."""
+
+
+@pytest.mark.timeout(180)  # a dozen commands, one after the other
 def test_demonstration(tmp_path: Path) -> None:
-    """`make demo` succeeds whatever the environment has set, and leaves nothing behind."""
+    """`make demo` succeeds whatever the environment has set, and leaves nothing behind.
+
+    Here its slow script waits until the lock was looked at, however long that takes.
+    """
+    examples, looked, temporary = tmp_path / "examples", tmp_path / "looked", tmp_path / "temporary"
+    shutil.copytree(EXAMPLES, examples)
+    temporary.mkdir()
+    slow = examples / "migrations" / SCRIPTS[3]
+    text = slow.read_text(encoding="utf-8")
+    assert PAUSE in text
+    wait = f"while not Path({str(looked)!r}).exists():\n            await asyncio.sleep(0.01)"
+    slow.write_text(
+        text.replace(PAUSE, wait).replace("from typing", "from pathlib import Path\nfrom typing")
+    )
+
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     foreign = {"MSR_LOCKING_ENABLED": "false", "MSR_LOCKING_NAME": "x", "DATABASE_URL": "nonsense"}
-    done = subprocess.run(
-        ["sh", EXAMPLES / "demo.sh"],
-        env={**os.environ, **foreign, "PATH": path, "TMPDIR": str(tmp_path)},
-        capture_output=True,
+    process = subprocess.Popen(
+        ["sh", examples / "demo.sh"],
+        env={**os.environ, **foreign, "PATH": path, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
-        timeout=50,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Running: V4_fill_in_totals.py (4 of 5)" in done.stdout
-    assert done.stdout.endswith("5 scripts: 5 applied\n")
-    assert list(tmp_path.iterdir()) == []
+    said = ""
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                said += line
+                if line.startswith("Running: "):
+                    looked.touch()
+        assert process.wait(PATIENCE) == 0, said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    assert "Running: V4_fill_in_totals.py (4 of 5)" in said
+    assert said.endswith("5 scripts: 5 applied\n")
+    assert list(temporary.iterdir()) == []

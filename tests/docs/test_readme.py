@@ -24,7 +24,7 @@ import pytest
 
 import msr
 from msr_cli.running import EXIT_CODES
-from tests.support.cli import run_msr, start_msr, wait_until, write_scripts
+from tests.support.cli import PATIENCE, run_msr, start_msr, wait_until, write_scripts
 from tests.support.queries import query
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ BLOCK = re.compile(
 )
 COMMAND = re.compile(r"^\$ (?P<command>.*?)(?:  # exit (?P<exit_code>\d+))?$", re.MULTILINE)
 
-SLOW = {"V3_fill_in_totals.py": "import asyncio\nasync def up(db):\n    await asyncio.sleep(60)\n"}
+SLOW = {"V3_fill_in_totals.py": "import asyncio\nasync def up(db):\n    await asyncio.sleep(600)\n"}
 
 VOLATILE = (
     (rf"\b{re.escape(socket.gethostname())}$", "web-1"),  # who applied it, in the last column
@@ -124,12 +124,13 @@ def run_block(block: re.Match[str], folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
-            timeout=30,
+            timeout=PATIENCE,
         )
         assert (line, done.returncode) == (line, exit_code), done.stdout
         assert plain(done.stdout) == plain(output), line
 
 
+@pytest.mark.timeout(180)  # some forty commands, one after the other
 def test_console_blocks(tmp_path: Path) -> None:
     """Who follows the README sees what it shows."""
     found = list(blocks("console"))
@@ -148,7 +149,7 @@ def test_python_example(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, "")
     told, first, *rest = done.stdout.splitlines()
