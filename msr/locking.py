@@ -24,7 +24,8 @@ Who moves it, and what happens when that fails:
     (see the handlers): the history row is inserted only while (token, locked_by) is current.
 
 *release* (held by us -> free). Shielded from cancellation and bounded in time. If the row was not
-    ours any more, that is `LockLostError` too: success is never reported for a stolen lock.
+    ours any more, that is `LockLostError` too: success is never reported for a stolen lock, nor
+    when nobody can say and the lease has run out meanwhile.
 
 *forced release* (held or expired -> free). By an operator, as compare-and-set on the token they
     saw. It changes the token, so that the former holder's fence fails from then on.
@@ -247,7 +248,10 @@ class LockingService(Protocol):
         ...
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep at most `seconds`; True at once when the lock may have changed hands."""
+        """Sleep at most `seconds`; True at once when the lock may have changed hands.
+
+        Where the database announces that, whatever follows the first call is heard.
+        """
         ...
 
 
@@ -306,6 +310,8 @@ async def hold(
             lease.released = bool(released)
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
+    elif released is None and failure is None and time.monotonic() >= lease.trusted_until:
+        loss = loss or "the lease of the migration lock ran out before it could be released"
     if loss is not None:
         raise LockLostError(loss) from failure
     if failure is not None:
@@ -477,6 +483,8 @@ async def _heartbeat(lease: Lease, connect: Connect, lose: Callable[[str], None]
 async def _beat(service: LockingService, lease: Lease) -> None:
     published: str | None = None
     due = 0.0
+    with _answered_within(max(lease.interval, 1)):
+        await service.wait(0)  # to hear of what changes from now on: the renewal sees the rest
     while True:
         if time.monotonic() >= due or published != lease.running:
             published, due = lease.running, time.monotonic() + lease.interval
