@@ -85,6 +85,10 @@ LONGEST_HEARTBEAT = 10.0
 LOOK_AROUND = 0.2
 """Seconds between two looks at whether the worker's connection still stands."""
 
+LOOKS = 5
+"""Looks in a row that find it gone before the body is cancelled. By then one that asks the database
+for anything has found out by itself, and says more about it."""
+
 ATTEMPT_BOUND = 15.0
 RELEASE_BOUND = 5.0
 """Seconds that one attempt, or the release, may take when the database does not answer."""
@@ -362,7 +366,7 @@ async def _acquire(
         status = outcome
         waited = time.monotonic() - started
         if waited >= wait:
-            raise LockHeldError(_refusal(status, waited), status=status, waited=waited)
+            raise LockHeldError(_refusal(status, waited, wait), status=status, waited=waited)
         if on_wait is not None:
             on_wait(status, waited)
         jittered = pause * random.uniform(0.8, 1.2)
@@ -448,7 +452,7 @@ def _answered_within(seconds: float) -> Iterator[None]:
         ) from None
 
 
-def _refusal(status: LockStatus, waited: float) -> str:
+def _refusal(status: LockStatus, waited: float, wait: float) -> str:
     if status.is_locked:
         who = f"another process holds the migration lock: {status.locked_by}"
         doing = f", running {status.running}" if status.running else ""
@@ -458,7 +462,7 @@ def _refusal(status: LockStatus, waited: float) -> str:
         text = "the migration lock is free but its last holder's session has not ended yet"
     if status.obstacle:
         text += f"; {status.obstacle}"
-    if waited >= 1:
+    if wait and waited >= 1:  # else there was one attempt, however long that took
         text += f"; gave up after {waited:.0f} s"
     return f"{text}; try again, wait longer, or look with: msr lock:status"
 
@@ -500,7 +504,7 @@ async def _watch(service: LockingService, lease: Lease, lose: Callable[[str, boo
     deaths = 0
     while lease.secured or lease.unattended or time.monotonic() < lease.trusted_until:
         deaths = 0 if service.is_alive() or lease.settling else deaths + 1
-        if deaths == 2:  # once is for a body that finds out by itself, and says more about it
+        if deaths == LOOKS:
             return lose("the database session that held the migration lock was ended", True)
         remaining = lease.trusted_until - time.monotonic()
         await anyio.sleep(min(max(remaining, 0.05), LOOK_AROUND))
