@@ -44,6 +44,7 @@ from msr.locking import ForcedRelease, Lease, LockingService, LockStatus, Owner
 from msr.plan import HistoryRow, ScriptStatus
 from msr.results import ExecutedScript, MigrationResult, PlannedScript, ScriptChange
 from msr.scripts import Problem
+from msr.urls import Dialect
 
 if TYPE_CHECKING:
     from msr.handlers.postgres import PostgresHandler
@@ -60,6 +61,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseHandler",
     "DatabaseUnreachableError",
+    "Dialect",
     "Event",
     "ExecutedScript",
     "ForcedRelease",

@@ -25,8 +25,7 @@ from msr.plan import MIGRATE, UNFINISHED, Goal, HistoryRow, ScriptStatus, descri
 from msr.results import MigrationResult, PlannedScript, ScriptChange
 from msr.runner import Run, load, may_be_held, required
 from msr.scripts import Problem, Script
-from msr.sql import Dialect
-from msr.urls import parse_url
+from msr.urls import Dialect, parse_url
 
 __all__ = ["MigrationScriptExecutor", "dialect_of", "migrate", "validate"]
 

@@ -24,7 +24,8 @@ Who moves it, and what happens when that fails:
     (see the handlers): the history row is inserted only while (token, locked_by) is current.
 
 *release* (held by us -> free). Shielded from cancellation and bounded in time. If the row was not
-    ours any more, that is `LockLostError` too: success is never reported for a stolen lock.
+    ours any more, that is `LockLostError` too: success is never reported for a stolen lock, nor
+    when nobody can say and the lease has run out meanwhile.
 
 *forced release* (held or expired -> free). By an operator, as compare-and-set on the token they
     saw. It changes the token, so that the former holder's fence fails from then on.
@@ -83,6 +84,10 @@ LONGEST_HEARTBEAT = 10.0
 
 LOOK_AROUND = 0.2
 """Seconds between two looks at whether the worker's connection still stands."""
+
+LOOKS = 5
+"""Looks in a row that find it gone before the body is cancelled. By then one that asks the database
+for anything has found out by itself, and says more about it."""
 
 ATTEMPT_BOUND = 15.0
 RELEASE_BOUND = 5.0
@@ -247,7 +252,10 @@ class LockingService(Protocol):
         ...
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep at most `seconds`; True at once when the lock may have changed hands."""
+        """Sleep at most `seconds`; True at once when the lock may have changed hands.
+
+        Where the database announces that, whatever follows the first call is heard.
+        """
         ...
 
 
@@ -306,6 +314,8 @@ async def hold(
             lease.released = bool(released)
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
+    elif released is None and failure is None and time.monotonic() >= lease.trusted_until:
+        loss = loss or "the lease of the migration lock ran out before it could be released"
     if loss is not None:
         raise LockLostError(loss) from failure
     if failure is not None:
@@ -356,7 +366,7 @@ async def _acquire(
         status = outcome
         waited = time.monotonic() - started
         if waited >= wait:
-            raise LockHeldError(_refusal(status, waited), status=status, waited=waited)
+            raise LockHeldError(_refusal(status, waited, wait), status=status, waited=waited)
         if on_wait is not None:
             on_wait(status, waited)
         jittered = pause * random.uniform(0.8, 1.2)
@@ -442,7 +452,7 @@ def _answered_within(seconds: float) -> Iterator[None]:
         ) from None
 
 
-def _refusal(status: LockStatus, waited: float) -> str:
+def _refusal(status: LockStatus, waited: float, wait: float) -> str:
     if status.is_locked:
         who = f"another process holds the migration lock: {status.locked_by}"
         doing = f", running {status.running}" if status.running else ""
@@ -452,7 +462,7 @@ def _refusal(status: LockStatus, waited: float) -> str:
         text = "the migration lock is free but its last holder's session has not ended yet"
     if status.obstacle:
         text += f"; {status.obstacle}"
-    if waited >= 1:
+    if wait and waited >= 1:  # else there was one attempt, however long that took
         text += f"; gave up after {waited:.0f} s"
     return f"{text}; try again, wait longer, or look with: msr lock:status"
 
@@ -477,6 +487,8 @@ async def _heartbeat(lease: Lease, connect: Connect, lose: Callable[[str], None]
 async def _beat(service: LockingService, lease: Lease) -> None:
     published: str | None = None
     due = 0.0
+    with _answered_within(max(lease.interval, 1)):
+        await service.wait(0)  # to hear of what changes from now on: the renewal sees the rest
     while True:
         if time.monotonic() >= due or published != lease.running:
             published, due = lease.running, time.monotonic() + lease.interval
@@ -492,7 +504,7 @@ async def _watch(service: LockingService, lease: Lease, lose: Callable[[str, boo
     deaths = 0
     while lease.secured or lease.unattended or time.monotonic() < lease.trusted_until:
         deaths = 0 if service.is_alive() or lease.settling else deaths + 1
-        if deaths == 2:  # once is for a body that finds out by itself, and says more about it
+        if deaths == LOOKS:
             return lose("the database session that held the migration lock was ended", True)
         remaining = lease.trusted_until - time.monotonic()
         await anyio.sleep(min(max(remaining, 0.05), LOOK_AROUND))

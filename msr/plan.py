@@ -376,10 +376,15 @@ def _repair(entries: Sequence[_Entry], goal: Goal) -> _Outcome:
     raise ConfigError(f"{what} is {entry.status}, so there is nothing to repair")
 
 
+def _newest(rows: Sequence[HistoryRow]) -> int:
+    """The newest version that was started, -1 if there is none."""
+    started = (row.version for row in rows if row.status != "retry")
+    return max((version for version in started if version is not None), default=-1)
+
+
 def _problem(entry: _Entry, entries: Sequence[_Entry]) -> Problem:
     rule, message = _RULES[entry.status]
-    recorded = (it for it in entries if it.row and it.row.status != "retry")
-    newest = max((it.version or 0 for it in recorded), default=0)
+    newest = _newest([it.row for it in entries if it.row])
     note = entry.row.note if entry.row else None
     down = entry.row is not None and entry.row.status in ("reverting", "revert-failed")
     settle = (_SETTLE_DOWN if down else _SETTLE).format(key=entry.key)
@@ -391,10 +396,8 @@ def _problem(entry: _Entry, entries: Sequence[_Entry]) -> Problem:
 def _classify(scripts: Sequence[Script], history: Sequence[HistoryRow]) -> list[_Entry]:
     """Every script and every row once, the versioned ones first, in order."""
     rows = {row.key: row for row in history}
-    counted = [row for row in history if row.version is not None and row.status != "retry"]
-    newest = max((row.version or 0 for row in counted), default=-1)
-    baselines = [row.version or 0 for row in counted if row.status == "baseline"]
-    baseline = max(baselines, default=-1)
+    newest = _newest(history)
+    baseline = _newest([row for row in history if row.status == "baseline"])
     files: dict[int | str, Script] = {}
     for script in scripts:
         # Two scripts of one version are reported by load_scripts; judge the one that was applied.

@@ -32,7 +32,8 @@ from typing import Any, Literal
 from msr.config import Config, script_timeout
 from msr.errors import ConfigError
 from msr.scripts import Problem, Script, read_script
-from msr.sql import Dialect, check_statements, find_directives, line_and_column
+from msr.sql import check_statements, find_directives, line_and_column
+from msr.urls import Dialect
 
 __all__ = ["Direction", "Options", "PreparedScript", "ScriptContext", "check_all", "prepare"]
 

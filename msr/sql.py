@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Literal
+
+from msr.urls import Dialect
 
 __all__ = [
-    "Dialect",
     "Finding",
     "Statement",
     "check_statements",
@@ -28,7 +28,6 @@ __all__ = [
     "split_sqlite",
 ]
 
-Dialect = Literal["postgresql", "sqlite"]
 
 Finding = tuple[str, int | None, str]
 """What is wrong with a script: the rule's name, the line from 1, and the message."""

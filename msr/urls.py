@@ -25,7 +25,10 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from msr.errors import ConfigError
 
-__all__ = ["DatabaseUrl", "parse_url"]
+__all__ = ["DatabaseUrl", "Dialect", "parse_url"]
+
+Dialect = Literal["postgresql", "sqlite"]
+"""Which SQL a database speaks."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9.-]*)(?:\+[A-Za-z0-9_.+-]*)?://")
 _AUTHORITY = re.compile(r"(?:(?P<auth>[^@]*)@)?(?P<hosts>[^@]*)")
@@ -82,7 +85,7 @@ class DatabaseUrl:
     in seconds, None where the URL does not say or asks for no limit.
     """
 
-    dialect: Literal["postgresql", "sqlite"]
+    dialect: Dialect
     dsn: str = field(repr=False)
     path: str | None
     connect_timeout: float | None

@@ -12,12 +12,11 @@ import typer
 
 import msr
 from msr_cli import render, terminal
-from msr_cli.options import NoLock, NoWait, Wait, config_from, wait_from
+from msr_cli.options import NoLock, NoWait, Wait, Yes, config_from, wait_from
 from msr_cli.running import (
     Common,
     Interrupted,
     command,
-    confirmed,
     echo,
     run_async,
     to_stderr,
@@ -39,7 +38,6 @@ Sql = Annotated[bool, typer.Option("--sql", help="With --dry-run: show the scrip
 SingleTransaction = Annotated[
     bool, typer.Option("--single-transaction", help="All of it in one transaction, or nothing.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -279,8 +277,7 @@ def _accept_edits(
     yes: bool,
     wait: float | None,
 ) -> None:
-    if common.json and not yes:
-        raise msr.ConfigError("cannot ask: add --yes", source="--json")
+    common.require_answer(yes)
     changes = run_async(runner.find_changes)
     if key is not None:
         changes = [change for change in changes if change.version == key]
@@ -294,8 +291,7 @@ def _accept_edits(
             raise msr.ConfigError(f"left half done: {', '.join(stuck)}; {way_out}")
     if changes and not common.json:
         echo("\n".join(render.difference(change) for change in changes))
-    if changes and not yes and not confirmed(render.ACCEPT, "accepted"):
-        echo("\n✓ Operation cancelled")
+    if changes and not common.agrees(render.ACCEPT, "accepted", yes=yes):
         return
     for change in changes:
         run_async(partial(runner.repair, change.version, checksum=change.checksum, wait=wait))

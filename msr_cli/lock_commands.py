@@ -8,7 +8,8 @@ import typer
 
 import msr
 from msr_cli import render
-from msr_cli.running import Common, command, confirmed, echo, run_async
+from msr_cli.options import Yes
+from msr_cli.running import Common, command, echo, run_async
 
 __all__ = ["add_commands"]
 
@@ -31,7 +32,7 @@ def _release(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Required: releasing a lock is dangerous.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     reason: Annotated[
         str | None,
         typer.Option("--reason", metavar="TEXT", help="Why; kept on the lock.", show_default=False),
@@ -46,8 +47,7 @@ def _release(
     """Force-release a stuck migration lock."""
     if not force:
         raise msr.LockError(render.FORCE_REQUIRED)
-    if common.json and not yes:
-        raise msr.ConfigError("cannot ask: add --yes", source="--json")
+    common.require_answer(yes)
     runner = common.open()
     status = run_async(runner.get_lock_status)
     if status is None:
@@ -57,8 +57,7 @@ def _release(
     if status.is_locked:
         if not common.json and not (common.quiet and yes):
             echo(f"\n{render.release_warning(status)}")
-        if not yes and not confirmed(render.PROMPT, "released"):
-            echo("\n✓ Operation cancelled")
+        if not common.agrees(render.PROMPT, "released", yes=yes):
             return
         released = run_async(
             lambda: runner.force_release_lock(

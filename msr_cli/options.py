@@ -6,7 +6,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -25,6 +25,7 @@ __all__ = [
     "Url",
     "Verbose",
     "Wait",
+    "Yes",
     "config_from",
     "executor_from",
     "wait_from",
@@ -77,6 +78,7 @@ NoWait = Annotated[
 NoLock = Annotated[
     bool, typer.Option("--no-lock", help="Take no lock at all. For emergencies only.")
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def wait_from(wait: float | None, no_wait: bool, no_lock: bool = False) -> float | None:
@@ -98,7 +100,7 @@ class Source:
     executor: str | None
 
 
-def config_from(source: Source) -> tuple[msr.Config, Literal["postgresql", "sqlite"] | None]:
+def config_from(source: Source) -> tuple[msr.Config, msr.Dialect | None]:
     """The settings, where a URL is not needed, and what the URL's database speaks if there is one.
 
     Raises `msr.ConfigError`.

@@ -34,7 +34,6 @@ __all__ = [
     "Common",
     "Interrupted",
     "command",
-    "confirmed",
     "echo",
     "run_async",
     "to_stderr",
@@ -95,6 +94,18 @@ class Common:
             self.show("", document)
         elif not self.quiet:
             echo(text)
+
+    def require_answer(self, yes: bool) -> None:
+        """Raise `msr.ConfigError` where the command would have to ask, and cannot."""
+        if self.json and not yes:
+            raise msr.ConfigError("cannot ask: add --yes", source="--json")
+
+    def agrees(self, prompt: str, done: str, *, yes: bool) -> bool:
+        """Whether the user lets it be `done`: by `yes`, or asked now."""
+        agreed = yes or _confirmed(prompt, done)
+        if not agreed:
+            echo("\n✓ Operation cancelled")
+        return agreed
 
     def show(self, text: str, document: Mapping[str, Any]) -> None:
         """Print what the command was called for."""
@@ -198,7 +209,7 @@ def run_async(work: Callable[[], Awaitable[T]], *, quiet: bool = False) -> T:
         return anyio.run(interruptible)
 
 
-def confirmed(prompt: str, done: str) -> bool:
+def _confirmed(prompt: str, done: str) -> bool:
     """Ask, on the last line of a terminal. Raises `MsrError`, nothing `done`, without an answer."""
     echo(f"\n{prompt}", end="")
     answer = sys.stdin.readline()

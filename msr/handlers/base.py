@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from msr.config import Config
 from msr.errors import DatabaseError
 from msr.locking import Lease, LockingService
 from msr.plan import HistoryRow
+from msr.urls import Dialect
 
 __all__ = [
     "CANCELED",
@@ -172,7 +173,7 @@ class DatabaseHandler(Protocol):
     """One database. Holds no connection and no state of a run."""
 
     @property
-    def dialect(self) -> Literal["postgresql", "sqlite"]:
+    def dialect(self) -> Dialect:
         """Which SQL the scripts are written in: decides how they are split and checked."""
         ...
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from msr.errors import DatabaseError, DatabaseUnreachableError, LockBlockedError
-from msr.locking import ForcedRelease, Lease, LockStatus, Owner
+from msr.locking import LAST_POLL, ForcedRelease, Lease, LockStatus, Owner
 
 if TYPE_CHECKING:
     from msr.handlers.postgres import PostgresSession
@@ -172,7 +172,8 @@ class PostgresLocking:
         self._key: int | None = None
         self._channel = ""
         self._has_key = False
-        self._suspect: tuple[int, float] | None = None  # a session with the key but not the row
+        # A session with the key but not the row: since when, and when it was looked at last.
+        self._suspect: tuple[int, float, float] | None = None
         self._obstacle: str | None = None
         self._news: anyio.Event | None = None
 
@@ -342,9 +343,14 @@ class PostgresLocking:
         elif pid is None or row["session"] == pid:
             self._suspect = self._obstacle = None
         elif self._suspect is None or self._suspect[0] != pid:
-            self._suspect = (pid, now)
-        elif now - self._suspect[1] > GRACE:
-            await self._end_session(pid)
+            self._suspect = (pid, now, now)
+        else:
+            # A machine that stood still kept that session from going on as much as us from looking.
+            _, since, looked = self._suspect
+            since += max(0.0, now - looked - 2 * LAST_POLL)
+            self._suspect = (pid, since, now)
+            if now - since > GRACE:
+                await self._end_session(pid)
         return self._status(row)
 
     async def _free(self, token: int, by: str, reason: str | None, only_expired: bool) -> bool:

@@ -139,7 +139,7 @@ class SqliteLocking:
         self._session = session
         self._name = session.config.locking.name
         self._file: tuple[int, Path] | None = None  # our own lock file, open and locked
-        self._seen: tuple[object, object] | None = None  # the row's token and holder
+        self._seen: tuple[object, object] | None = None  # what `_look` last found
 
     async def acquire(
         self, owner: Owner, timeout: float, running: str | None
@@ -199,20 +199,25 @@ class SqliteLocking:
 
     async def wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
+        if self._seen is None:
+            self._seen = await self._look()
         while (remaining := deadline - time.monotonic()) > 0:
             await anyio.sleep(min(remaining, LONGEST_POLL))
-            if not await self._session.open(create=False):
-                continue
-            try:
-                row = await self._session.hop(self._read)
-            except DatabaseBusyError:  # a holder's transaction: nothing has changed yet
-                continue
-            news = (row["token"], row["locked_by"])
-            if self._seen not in (None, news):
-                self._seen = news
+            before, now = self._seen, await self._look()
+            self._seen = now or before
+            if before and now and now != before:
                 return True
-            self._seen = news
         return False
+
+    async def _look(self) -> tuple[object, object] | None:
+        """The row's token and holder; None where nothing can be read, so nothing has changed."""
+        if not await self._session.open(create=False):
+            return None
+        try:
+            row = await self._session.hop(self._read)
+        except DatabaseBusyError:
+            return None
+        return row["token"], row["locked_by"]
 
     def forget(self, *, unlink: bool = False) -> None:
         """Close our lock file. A file that stays, unlocked, proves that its holder is gone."""

@@ -52,6 +52,8 @@ class FakeLock:
     fail_release: Callable[[], None] = lambda: None
     slow_release: float = 0.0
     news: bool = False
+    heard: bool = True
+    """Whether every renewal was made by one that listened already."""
 
     def service(self, connection: str) -> FakeService:
         return FakeService(self, connection)
@@ -75,6 +77,7 @@ class FakeService:
 
     lock: FakeLock
     connection: str
+    listens: bool = False
 
     async def acquire(
         self, owner: Owner, timeout: float, running: str | None
@@ -97,6 +100,7 @@ class FakeService:
         if lease.secured:
             return True
         self.lock.fail_renew()
+        self.lock.heard &= self.listens
         self.lock.renewals.append(lease.running)
         return self._is_current(lease)
 
@@ -122,6 +126,7 @@ class FakeService:
         return False
 
     async def wait(self, seconds: float) -> bool:
+        self.listens = True
         await anyio.sleep(min(seconds, 0.01))
         news, self.lock.news = self.lock.news, False
         return news
@@ -236,6 +241,13 @@ async def test_news_make_the_heartbeat_look(lock: FakeLock, early_heartbeat: Non
             lock.news, stolen = True, time.monotonic()
             await anyio.sleep(NEVER)
     assert time.monotonic() - stolen < 1
+
+
+async def test_it_listens_before_it_looks(lock: FakeLock, early_heartbeat: None) -> None:
+    """What changes between the first renewal and the next is heard of."""
+    async with lock.hold():
+        await until(lambda: lock.renewals)
+    assert lock.heard
 
 
 async def test_a_loss_cancels_the_body(lock: FakeLock) -> None:
@@ -479,6 +491,25 @@ async def test_a_release_that_cannot_be_made_is_logged(
         pass
     [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "600 s" in warning.getMessage()
+
+
+async def test_a_release_that_cannot_be_made_in_time(lock: FakeLock) -> None:
+    """Somebody may have taken the lock since, so it does not end well."""
+
+    def stand_still() -> None:
+        lease.trusted_until = time.monotonic()
+        raise DatabaseUnreachableError("no answer")
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[LockingService]:
+        raise DatabaseUnreachableError("no answer")
+        yield
+
+    lock.fail_release = stand_still
+    with pytest.raises(LockLostError, match="ran out before it could be released"):
+        async with hold(lock.service("worker"), connect, timeout=LEASE, wait=0.0) as held:
+            assert held is not None
+            lease = held
 
 
 async def test_a_release_does_not_hang(lock: FakeLock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 from msr.config import Config
 from msr.prepare import Options, PreparedScript, ScriptContext, check_all, prepare
 from msr.scripts import Script, load_scripts
-from msr.sql import Dialect
+from msr.urls import Dialect
 from tests.support.cli import write_scripts
 
 UP = "async def up(db): pass\n"

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msr.sql import (
-    Dialect,
     Statement,
     check_statements,
     find_directives,
@@ -19,6 +18,7 @@ from msr.sql import (
     split_postgres,
     split_sqlite,
 )
+from msr.urls import Dialect
 
 ATOMIC = (
     "CREATE OR REPLACE FUNCTION f(a int) RETURNS int LANGUAGE sql BEGIN ATOMIC"
