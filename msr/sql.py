@@ -28,7 +28,6 @@ __all__ = [
     "split_sqlite",
 ]
 
-
 Finding = tuple[str, int | None, str]
 """What is wrong with a script: the rule's name, the line from 1, and the message."""
 

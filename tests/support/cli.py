@@ -163,24 +163,34 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if not re.match(r" +\d* \| ", line)]
 
 
-def wait_until(predicate: Callable[[], T], timeout: float = PATIENCE, interval: float = 0.02) -> T:
-    """The first true value of `predicate`, which is asked again for up to `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def wait_until(
+    predicate: Callable[[], T], timeout: float = PATIENCE, interval: float | None = None
+) -> T:
+    """The first true value of `predicate`, which is asked again for up to `timeout` seconds.
+
+    Every `interval` seconds or, unless that is given, ever less often: many predicates open a
+    connection to the database, which costs the processes that they wait for.
+    """
+    started = time.monotonic()
     while not (value := predicate()):
-        assert time.monotonic() < deadline, f"not so within {timeout} s; the last value: {value!r}"
-        time.sleep(interval)
+        time.sleep(_pause(started, timeout, interval, value))
     return value
 
 
 async def wait_until_async(
-    predicate: Callable[[], Awaitable[T]], timeout: float = PATIENCE, interval: float = 0.02
+    predicate: Callable[[], Awaitable[T]], timeout: float = PATIENCE, interval: float | None = None
 ) -> T:
     """`wait_until` for an async predicate, without blocking the loop."""
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
     while not (value := await predicate()):
-        assert time.monotonic() < deadline, f"not so within {timeout} s; the last value: {value!r}"
-        await anyio.sleep(interval)
+        await anyio.sleep(_pause(started, timeout, interval, value))
     return value
+
+
+def _pause(started: float, timeout: float, interval: float | None, value: object) -> float:
+    waited = time.monotonic() - started
+    assert waited < timeout, f"not so within {timeout} s; the last value: {value!r}"
+    return interval or min(0.02 + waited / 10, 0.25)
 
 
 def write_scripts(folder: Path, scripts: Mapping[str, str | bytes]) -> Path:
