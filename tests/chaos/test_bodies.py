@@ -276,14 +276,14 @@ def early_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("call", "late", "again", "every"),
     [
-        (cancel_the_task, False, True, 1),
-        (cancel_the_task, False, False, rounds(6, 1)),
-        (cancel_the_task, True, False, rounds(6, 1)),
-        (cancel_the_task, True, True, rounds(6, 1)),
-        (time_out, False, False, rounds(6, 1)),
-        (time_out, True, False, rounds(6, 1)),
-        (cancel_the_scope, False, False, rounds(6, 1)),
-        (cancel_the_scope, True, True, rounds(6, 1)),
+        (cancel_the_task, False, True, rounds(2, 1)),
+        (cancel_the_task, False, False, rounds(9, 1)),
+        (cancel_the_task, True, False, rounds(9, 1)),
+        (cancel_the_task, True, True, rounds(9, 1)),
+        (time_out, False, False, rounds(9, 1)),
+        (time_out, True, False, rounds(9, 1)),
+        (cancel_the_scope, False, False, rounds(9, 1)),
+        (cancel_the_scope, True, True, rounds(9, 1)),
     ],
 )
 async def test_interrupted_at_every_wait(

@@ -51,7 +51,7 @@ from tests.support.cli import PATIENCE, wait_until_async
 T = TypeVar("T")
 
 # Read once: `clean_environment` removes it.
-EXAMPLES = int(os.environ.get("MSR_TEST_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("MSR_TEST_EXAMPLES", "30"))
 STEPS = 20
 
 TIMEOUT = 600.0
