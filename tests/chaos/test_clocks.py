@@ -23,7 +23,7 @@ from tests.support.cli import PATIENCE, start_msr, wait_until, write_scripts
 from tests.support.holder import Gate, hold_lock
 from tests.support.migrations import applied, finish, start_migrate
 from tests.support.queries import query
-from tests.support.rig import Rig, is_stopped
+from tests.support.rig import UNAWARE, Rig, is_stopped
 from tests.support.tools import find
 
 HOUR = 3600
@@ -142,7 +142,7 @@ def test_a_wrong_clock_waits_no_longer_for_an_expired_lease(
 # SQLite: the host's clock is the database's, and libfaketime gives each process a host of its own
 
 
-@pytest.mark.parametrize("without", [[], ["fence", "heartbeat", "watch"]], ids=["fenced", "not"])
+@pytest.mark.parametrize("without", [[], ["fence", *UNAWARE]], ids=["fenced", "not"])
 def test_on_sqlite_the_fence_needs_no_clock(
     sqlite_url: str, tmp_path: Path, without: Sequence[str]
 ) -> None:

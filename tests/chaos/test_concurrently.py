@@ -40,18 +40,11 @@ pytestmark = pytest.mark.timeout(120 + BUILDS * 3)
 CROWD = """
 import json, sys
 import anyio, msr
+from tests.support.listeners import tell_waiting
 from tests.support.rig import Rig
 
 async def follow(url, folder):
-    told = False
-
-    def listen(event):
-        nonlocal told
-        if isinstance(event, msr.WaitingForLock) and not told:
-            told = True
-            print("waiting", flush=True)
-
-    result = await msr.migrate(url, folder=folder, listeners=[listen])
+    result = await msr.migrate(url, folder=folder, listeners=[tell_waiting()])
     assert not result.executed, result
 
 async def main(url, folder, count, without):

@@ -44,7 +44,7 @@ from tests.support.migrations import (
     wait_for_waiting,
 )
 from tests.support.queries import fetch, query
-from tests.support.rig import Rig, is_stopped
+from tests.support.rig import UNAWARE, Rig, is_stopped
 
 LEASE = 1
 """Seconds, the least that can be set."""
@@ -125,18 +125,18 @@ TRIALS: dict[str, Sequence[Trial]] = {
     "postgresql": [
         Trial(rounds(5, 16)),
         Trial(rounds(2, 4), holder=["fence"]),
-        Trial(rounds(3, 10), holder=["watch", "heartbeat"], successor=[ENDING]),
+        Trial(rounds(3, 10), holder=UNAWARE, successor=[ENDING]),
         Trial(
             rounds(3, 10),
-            holder=["fence", "watch", "heartbeat"],
+            holder=["fence", *UNAWARE],
             successor=[ENDING],
             is_control=True,
         ),
     ],
     "sqlite": [
         Trial(rounds(4, 16)),
-        Trial(rounds(2, 4), holder=["watch", "heartbeat"]),
-        Trial(rounds(2, 4), holder=["fence", "watch", "heartbeat"], is_control=True),
+        Trial(rounds(2, 4), holder=UNAWARE),
+        Trial(rounds(2, 4), holder=["fence", *UNAWARE], is_control=True),
     ],
 }
 
@@ -369,7 +369,7 @@ def test_a_frozen_migration_says_how_it_ended(
     urls = asyncio.run(make_places(database_url, len(ends), scripts[False]))
     frozen, followers = [], []
     for url, step in zip(urls, ends, strict=True):
-        without = ["watch"] if step.slow else ["watch", "heartbeat"]
+        without = ["watch"] if step.slow else [*UNAWARE]
         rig = Rig(without=without, at=step.at, nth=step.nth, bounds=UNBOUNDED)
         frozen.append(start_migrate(url, folders[step.slow], rig=rig, timeout=LEASE))
     for url, process in zip(urls, frozen, strict=True):
@@ -516,7 +516,7 @@ def test_a_slow_migration_keeps_its_lock(database_url: str, tmp_path: Path) -> N
     first = [
         start_migrate(urls[0], inside, timeout=LONG_LEASE),
         start_migrate(urls[1], outside, timeout=LONG_LEASE),
-        start_migrate(urls[2], outside, rig=Rig(without=["heartbeat", "watch"]), timeout=LEASE),
+        start_migrate(urls[2], outside, rig=Rig(without=UNAWARE), timeout=LEASE),
     ]
     for url in urls:
         wait_until(lambda: lock_row(url)[1])  # noqa: B023

@@ -36,15 +36,12 @@ from tests.support.migrations import (
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PostgresServer
 from tests.support.queries import fetch, query
-from tests.support.rig import Rig, is_stopped
+from tests.support.rig import UNAWARE, Rig, is_stopped
 
 DETECTION = "pooler detection"
 DIRECT = (DETECTION, "heartbeat")
 """Without these a pooler is not noticed. A heartbeat would disturb the statements of the worker, on
 one session of the pool, in a control that takes longer than a second."""
-
-UNAWARE = ("heartbeat", "watch")
-"""Without these nobody hears of the loss of a lock before the fence or the release."""
 
 SCRIPTS = {
     "V1_log.sql": "CREATE TABLE log (id INTEGER);",

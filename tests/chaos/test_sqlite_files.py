@@ -30,7 +30,7 @@ from tests.support.migrations import (
     wait_for_waiting,
 )
 from tests.support.queries import query
-from tests.support.rig import Rig, is_stopped
+from tests.support.rig import UNAWARE, Rig, is_stopped
 from tests.support.tools import missing
 
 OURSELVES = ("--user", "--map-root-user") if os.geteuid() else ()
@@ -377,8 +377,7 @@ def test_migrators_at_once(
     """One of four comes to the scripts, the others wait. In the control all four come there."""
     url = set_journal(sqlite_url, journal)
     # In the control none may hear, before all are there, that another has its lock.
-    deaf = ("heartbeat", "watch") if without else ()
-    rig = Rig(at="before script", without=(*without, *deaf))
+    rig = Rig(at="before script", without=(*without, *UNAWARE) if without else ())
     crowd = [start_migrate(url, work, rig=rig) for _ in range(4)]
 
     def standing() -> list[subprocess.Popen[str]]:

@@ -16,12 +16,12 @@ from tests.support.cli import start_python, wait_until, write_scripts
 from tests.support.figures import LONG, Figures, rounds
 from tests.support.migrations import applied, finish, lock_row, start_migrate
 from tests.support.queries import query
-from tests.support.rig import Rig, is_stopped
+from tests.support.rig import UNAWARE, Rig, is_stopped
 
 CROWD = 20
 CONTENDERS = 8
 NO_LOCK = Rig(without=["lock"])
-AT_ONCE = Rig(without=["lock", "heartbeat", "watch"], at="before script")
+AT_ONCE = Rig(without=["lock", *UNAWARE], at="before script")
 """Each stands before its first script until all do, without hearing meanwhile of what it lost."""
 
 pytestmark = pytest.mark.timeout(1200 if LONG else 180)

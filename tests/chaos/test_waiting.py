@@ -40,17 +40,11 @@ pytestmark = pytest.mark.timeout(300 if LONG else 120)
 WAITER = """
 import sys, time
 import anyio, msr
+from tests.support.listeners import tell_waiting
 
 async def main(url):
-    told = None
-    def listen(event):
-        nonlocal told
-        if isinstance(event, msr.WaitingForLock) and not told:
-            told = True
-            print("waiting", flush=True)
-    executor = msr.MigrationScriptExecutor.from_url(url, listeners=[listen])
     for _ in sys.stdin:
-        told = False
+        executor = msr.MigrationScriptExecutor.from_url(url, listeners=[tell_waiting()])
         async with executor.lock():
             print(time.monotonic(), flush=True)
         print("done", flush=True)

@@ -31,7 +31,7 @@ from tests.support.migrations import (
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PostgresServer
 from tests.support.queries import query, table_names
-from tests.support.rig import Rig
+from tests.support.rig import UNAWARE, Rig
 from tests.support.tools import find
 
 HELD, LOST = 8, 9
@@ -158,7 +158,7 @@ def test_prisma_statement_that_outlives_its_client(
 @contextmanager
 def superseded(url: str, without: Sequence[str]) -> Iterator[tuple[Holder, Holder]]:
     """A holder that has not noticed yet that its lock was released by force, and its successor."""
-    blind = ("heartbeat", "watch", *without)
+    blind = (*UNAWARE, *without)
     with hold_lock(url, rig=Rig(without=blind)) as first:
         released = run_msr("lock:release", "--force", "--yes", "--url", url)
         assert released.exit_code == 0, released

@@ -23,9 +23,12 @@ from typing import Any
 
 from tests.support.mechanisms import Patch, switch_off
 
-__all__ = ["STEPS", "Rig", "act_at", "is_asleep", "is_stopped"]
+__all__ = ["STEPS", "UNAWARE", "Rig", "act_at", "is_asleep", "is_stopped"]
 
 ROOT = Path(__file__).parents[2]
+
+UNAWARE = ("heartbeat", "watch")
+"""Without these mechanisms nobody hears of the loss of a lock before the fence or the release."""
 
 
 @dataclass(frozen=True)
