@@ -72,6 +72,8 @@ WRITE_BUSY = 30.0
 BUSY_PIECE = 0.2
 """Seconds to wait for other connections: to read; to begin or commit a script, in pieces of."""
 
+MEMDB_SINCE = (3, 36, 0)
+
 ASK_EVERY = 10_000
 """Instructions of SQLite's machine between two looks at a statement's timeout."""
 
@@ -151,7 +153,7 @@ class SqliteHandler:
     """An SQLite database, by URL: `sqlite:///relative.db`, `sqlite:////absolute.db`.
 
     `sqlite://:memory:` is a database that lives as long as this handler. Raises `ConfigError` for
-    a URL that cannot be read.
+    a URL that cannot be read, and for that one where SQLite is older than 3.36.
     """
 
     dialect: Literal["sqlite"] = "sqlite"
@@ -162,8 +164,16 @@ class SqliteHandler:
             raise ConfigError("not an SQLite URL", key="url")
         self._anchor: sqlite3.Connection | None = None
         if self.url.path is None:
-            # A shared cache is dropped with its last connection, so this one stays open.
-            self._memory = f"file:msr-{uuid.uuid4()}?mode=memory&cache=shared"
+            if sqlite3.sqlite_version_info < MEMDB_SINCE:
+                raise ConfigError(
+                    f"SQLite {sqlite3.sqlite_version} cannot share a database in memory: update it "
+                    "to 3.36, or use a file",
+                    key="url",
+                )
+            # Connections share it by its name, for the slash, and wait for each other as they do
+            # for a file (in a shared cache they would not). It is dropped with its last connection,
+            # so this one stays open.
+            self._memory = f"file:/msr-{uuid.uuid4()}?vfs=memdb"
             self._anchor = sqlite3.connect(self._memory, uri=True, check_same_thread=False)
             weakref.finalize(self, self._anchor.close)
 
@@ -421,7 +431,7 @@ class SqliteSession:
             except sqlite3.OperationalError as error:
                 if not is_busy(error) or self._stopped or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)  # a shared cache does not wait at all
+                time.sleep(0.01)  # SQLite itself does not wait for who may wait for us
 
     def _execute_all(self, db: sqlite3.Connection, statements: Sequence[Statement]) -> None:
         for statement in statements:

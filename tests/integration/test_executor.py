@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import msr
@@ -916,6 +918,40 @@ async def test_a_database_in_memory(folder: Path) -> None:
     ]
     assert [row.status for row in await executor.list()] == ["applied"] * 3
     assert (await executor.migrate()).applied_before == 3
+
+
+async def test_a_database_in_memory_is_read_and_written_at_once(folder: Path) -> None:
+    """Who looks there stands in no script's way, not even in a statement of the script's own."""
+    write_scripts(
+        folder,
+        {
+            "V4_slow.py": """
+                async def up(db):
+                    for number in range(200):
+                        await db.execute(f"CREATE TABLE t{number} (id INTEGER)")
+            """
+        },
+    )
+    executor = make_executor("sqlite://:memory:", folder)
+    done = anyio.Event()
+
+    async def look() -> None:
+        while not done.is_set():
+            await executor.get_lock_status()
+            await executor.list()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(look)
+        result = await executor.migrate()
+        done.set()
+    assert len(result.executed) == 4
+
+
+def test_an_sqlite_too_old_for_a_database_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
+    with pytest.raises(msr.ConfigError, match=r"url: .* cannot share a database in memory"):
+        msr.SqliteHandler("sqlite://:memory:")
 
 
 async def test_a_follower_sees_the_failure_of_the_first(
