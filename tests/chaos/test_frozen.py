@@ -434,7 +434,7 @@ async def freeze_in_statement(
     frozen = start_migrate(url, folder, rig=Rig(bounds=UNBOUNDED))
     waits = f"SELECT 1 FROM pg_locks WHERE NOT granted AND {AT_TURNSTILE.format(number=number)}"
     await wait_until_async(functools.partial(keeper.fetch, waits))
-    os.kill(frozen.pid, signal.SIGSTOP)
+    frozen.send_signal(signal.SIGSTOP)
     await wait_until_async(functools.partial(anyio.to_thread.run_sync, is_stopped, frozen.pid))
     if goes_through:
         await keeper.execute("SELECT pg_advisory_unlock_all()")
@@ -450,7 +450,7 @@ async def freeze_in_statement(
         await wait_until_async(functools.partial(keeper.fetch, held))
     await keeper.close()
     await successor
-    os.kill(frozen.pid, signal.SIGCONT)
+    frozen.send_signal(signal.SIGCONT)
     return await anyio.to_thread.run_sync(finish, frozen)
 
 

@@ -6,7 +6,6 @@ Every run stands still at its step, frozen by its own signal, while its session 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable
 from datetime import datetime
@@ -109,7 +108,7 @@ def test_a_workers_session_that_ends_at_a_step(
     wait_until(partial(is_sleeping, urls["in a statement"]))
     FAULTS[fault](own_postgres)
     for run in runs.values():
-        os.kill(run.pid, signal.SIGCONT)
+        run.send_signal(signal.SIGCONT)
 
     ends = {step: finish_in_one_line(run) for step, run in runs.items()}
     work = {step: query(url, "SELECT id FROM work ORDER BY id") for step, url in urls.items()}
@@ -211,7 +210,7 @@ def test_a_heartbeats_session_that_ends(
     wait_until(lambda: is_stopped(run.pid))
     url = f"{postgres_url}?application_name=the%20test"
     assert query(url, f"SELECT pg_terminate_backend(pid, 10000) FROM ({HEARTBEATS}) AS h")
-    os.kill(run.pid, signal.SIGCONT)
+    run.send_signal(signal.SIGCONT)
     if without:
         assert finish_in_one_line(run).exit_code == 9
         return

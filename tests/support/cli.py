@@ -17,13 +17,14 @@ from typing import TypeVar
 
 import anyio
 
-from tests.support.forks import fork_msr
+from tests.support.forks import Fork
 from tests.support.rig import Rig
 
 __all__ = [
     "MSR",
     "PATIENCE",
     "Result",
+    "end",
     "end_started",
     "own_lines",
     "run_msr",
@@ -66,28 +67,13 @@ def run_msr(
     cwd: Path | None = None,
     timeout: float = PATIENCE,
 ) -> Result:
-    """Run `msr` to its end. `env` adds to the test's environment; without `input`, stdin is empty.
+    """`start_msr`, to its end. Without `input`, stdin is empty.
 
-    It is a fork of a process that has `msr` loaded, unless MSR_TEST_START=script asks for the
-    installed script, or `env` holds what Python itself would read when it starts: see `forks`.
-
-    Raises `subprocess.TimeoutExpired` after `timeout` seconds, when the process has been ended.
+    Raises `subprocess.TimeoutExpired` after `timeout` seconds.
     """
-    if not STARTS_THE_SCRIPT and all(name.startswith("MSR_") for name in env or ()):
-        words = [str(argument) for argument in arguments]
-        environment = {**os.environ, **(env or {})}
-        return Result(*fork_msr(words, input or "", environment, cwd, timeout))
-    done = subprocess.run(
-        [str(MSR), *map(str, arguments)],
-        input=input or "",
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **(env or {})},
-        cwd=cwd,
-        timeout=timeout,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    process = start_msr(*arguments, env=env, cwd=cwd)
+    stdout, stderr = process.communicate(input, timeout)
+    return Result(process.returncode, stdout, stderr)
 
 
 def start_msr(
@@ -99,49 +85,67 @@ def start_msr(
 ) -> subprocess.Popen[str]:
     """Start `msr` in a process group of its own, with pipes for its three streams.
 
-    `rig` builds a fault into it; `prefix` is a command that runs it, for example `faketime`. What
-    still runs when the test is over is ended then, see `end_started`.
+    `env` adds to the test's environment. `rig` builds a fault into it; `prefix` is a command that
+    runs it, for example `faketime`. What still runs when the test is over is ended then, see
+    `end_started`.
+
+    It is a fork of a process that has `msr` loaded, unless MSR_TEST_START=script asks for the
+    installed script, there is a `prefix`, or `env` holds what Python itself would read when it
+    starts: see `forks`.
     """
-    words = [*map(str, arguments)]
-    command = [*prefix, *(rig.command(*words) if rig else [str(MSR), *words])]
-    return _start(command, {**(rig.environment if rig else {}), **(env or {})}, cwd)
+    return _start([*map(str, arguments)], rig, prefix, env, cwd)
 
 
-def start_python(code: str, *arguments: object, rig: Rig | None = None) -> subprocess.Popen[str]:
+def start_python(
+    code: str, *arguments: object, rig: Rig | None = None, prefix: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """Start a Python program of the test's own, with `sys.argv[1:]`; as `start_msr` does."""
-    rig = rig or Rig()
-    return _start(rig.command("-c", code, *map(str, arguments)), rig.environment)
+    return _start(["-c", code, *map(str, arguments)], rig or Rig(), prefix)
 
 
 def _start(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+    words: Sequence[str],
+    rig: Rig | None,
+    prefix: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **env},
-        cwd=cwd,
-        start_new_session=True,
-    )
+    environment = {**os.environ, **(env or {})}
+    process: subprocess.Popen[str]
+    if STARTS_THE_SCRIPT or prefix or any(not name.startswith("MSR_") for name in env or ()):
+        process = subprocess.Popen(
+            [*prefix, *(rig.command(*words) if rig else [str(MSR), *words])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**environment, **(rig.environment if rig else {})},
+            cwd=cwd,
+            start_new_session=True,
+        )
+    else:
+        process = Fork(words, environment, cwd, rig.to_json() if rig else None)
     _started.append(process)
     return process
 
 
 def end_started() -> None:
-    """End what `start_msr` started and the test left running, with its children, frozen or not."""
+    """End what was started and the test left running, see `end`."""
     while _started:
-        process = _started.pop()
-        if process.poll() is None:
+        end(_started.pop())
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process, if it still runs, with its children, frozen or not."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # just ended
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None and not stream.closed:
-                with contextlib.suppress(BrokenPipeError):  # what it never read
-                    stream.close()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None and not stream.closed:
+            with contextlib.suppress(BrokenPipeError):  # what it never read
+                stream.close()
 
 
 def unstamped(text: str) -> str:

@@ -1,7 +1,7 @@
 """`msr` without the time that Python needs to start: a fork of a process that has it loaded.
 
-It is a process of its own all the same, with its own streams, environment and folder, and it ends
-as a process does. With `MSR_TEST_START=script` the tests start the installed script instead.
+It is a process of its own all the same, with its own streams, environment, folder and session, and
+it ends as a process does. With `MSR_TEST_START=script` the tests start the installed script.
 
     python -m tests.support.forks FD     serve requests on the socket FD until that is closed
 """
@@ -9,14 +9,17 @@ as a process does. With `MSR_TEST_START=script` the tests start the installed sc
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import os
 import random
+import select
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,84 +27,129 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["fork_msr"]
+__all__ = ["Fork"]
 
 ROOT = Path(__file__).parents[2]
 
-_servers = threading.local()  # one for each thread, so that none waits for another's command
+NUMBER = struct.Struct("i")
+"""What is told of a fork: the id of its process, and how that ended, as `os.waitpid` has it."""
 
 
-class _Server:
-    """The process that is forked, seen from the test."""
+class Fork(subprocess.Popen[str]):
+    """A fork, which a test uses as what `subprocess.Popen` starts; of that it has no more.
 
-    def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # It ends when our end of the socket is closed, with this process at the latest.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-        )
-        theirs.close()
-
-    def ask(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
-        """Have it fork; the process id."""
-        socket.send_fds(self.socket, [json.dumps(request).encode()], list(descriptors))
-        return int(self.answer())
-
-    def answer(self) -> str:
-        answer = self.socket.recv(100).decode()
-        assert answer, "the process that is forked has ended; why stands on stderr"
-        return answer
-
-
-def fork_msr(
-    arguments: Sequence[str], text: str, env: Mapping[str, str], cwd: Path | None, timeout: float
-) -> tuple[int, str, str]:
-    """Run `msr` to its end: its exit code, its standard output, and its standard error.
-
-    Raises `subprocess.TimeoutExpired` after `timeout` seconds, when it has been ended.
+    `arguments` are those of `msr`, with `rig` those of `tests.support.rig` after its faults, which
+    are given as JSON.
     """
-    if not hasattr(_servers, "server"):
-        _servers.server = _Server()
-    server: _Server = _servers.server
-    readers, writers = zip(*(os.pipe() for _ in range(3)), strict=True)
-    request = {"arguments": list(arguments), "env": dict(env), "cwd": str(cwd or Path.cwd())}
-    pid = server.ask(request, [readers[0], *writers[1:]])
-    for descriptor in (readers[0], *writers[1:]):
-        os.close(descriptor)
-    with open(writers[0], "w", encoding="utf-8") as stdin, contextlib.suppress(BrokenPipeError):
-        stdin.write(text)
-    outputs = _read_all(readers[1:], time.monotonic() + timeout)
-    if outputs is None:
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(int(server.answer()))
-    for descriptor in readers[1:]:
-        os.close(descriptor)
-    if outputs is None:
-        raise subprocess.TimeoutExpired(["msr", *arguments], timeout)
-    return status, outputs[0], outputs[1]
+
+    def __init__(
+        self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path | None, rig: str | None
+    ) -> None:
+        readers, writers = zip(*(os.pipe() for _ in range(4)), strict=True)
+        words = ["msr", *([] if rig is None else [rig]), *arguments]
+        request = {
+            "words": words,
+            "rigged": rig is not None,
+            "env": dict(env),
+            "cwd": str(cwd or Path.cwd()),
+        }
+        theirs = [readers[0], *writers[1:]]
+        socket.send_fds(_server()[0], [json.dumps(request).encode()], theirs)
+        for descriptor in theirs:
+            os.close(descriptor)
+        self.args = words
+        self.stdin = os.fdopen(writers[0], "w", encoding="utf-8")
+        self.stdout = os.fdopen(readers[1], encoding="utf-8")
+        self.stderr = os.fdopen(readers[2], encoding="utf-8")
+        self.returncode = None
+        self._received = {stream.fileno(): bytearray() for stream in (self.stdout, self.stderr)}
+        self._news = readers[3]
+        self.pid = self._hear()
+
+    def _hear(self) -> int:
+        message = os.read(self._news, NUMBER.size)
+        assert message, "the process that is forked has ended; why stands on stderr"
+        number: int
+        (number,) = NUMBER.unpack(message)
+        return number
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            news = select.poll()
+            news.register(self._news, select.POLLIN)
+            if not news.poll(None if timeout is None else max(timeout, 0) * 1000):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = os.waitstatus_to_exitcode(self._hear())
+            os.close(self._news)
+        return int(self.returncode)
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile, and waited for
+                os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(
+        self,
+        input: str | None = None,  # noqa: A002  # the name that Popen has for it
+        timeout: float | None = None,
+    ) -> tuple[str, str]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        assert self.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            if input:
+                self.stdin.write(input)
+            self.stdin.close()
+        with selectors.DefaultSelector() as selector:
+            for descriptor in self._received:
+                selector.register(descriptor, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(_left(deadline))
+                if not ready:
+                    raise subprocess.TimeoutExpired(self.args, timeout or 0)
+                for key, _ in ready:
+                    data = os.read(key.fd, 65536)
+                    self._received[key.fd] += data
+                    if not data:
+                        selector.unregister(key.fd)
+        for stream in (self.stdout, self.stderr):
+            assert stream is not None
+            stream.close()
+        self.wait(_left(deadline))
+        stdout, stderr = (
+            bytes(data).decode().replace("\r\n", "\n") for data in self._received.values()
+        )
+        return stdout, stderr
 
 
-def _read_all(descriptors: Sequence[int], deadline: float) -> list[str] | None:
-    """Everything that comes from each until they are closed; None if that takes too long."""
-    received = {descriptor: bytearray() for descriptor in descriptors}
-    with selectors.DefaultSelector() as selector:
-        for descriptor in descriptors:
-            selector.register(descriptor, selectors.EVENT_READ)
-        while selector.get_map():
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return None
-            for key, _ in ready:
-                data = os.read(key.fd, 65536)
-                received[key.fd] += data
-                if not data:
-                    selector.unregister(key.fd)
-    return [bytes(data).decode().replace("\r\n", "\n") for data in received.values()]
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+@functools.cache
+def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """The process that is forked, and its socket. It ends when our end of that is closed."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    theirs.close()
+    return ours, process
 
 
 # In the process that is forked
@@ -109,7 +157,7 @@ def _read_all(descriptors: Sequence[int], deadline: float) -> list[str] | None:
 
 LOADED = (
     *("anyio._backends._asyncio", "asyncpg", "rich.progress", "rich.table", "typer._adapters"),
-    *("msr.handlers.postgres", "msr.handlers.sqlite", "msr_cli.app"),
+    *("msr.handlers.postgres", "msr.handlers.sqlite", "msr_cli.app", "tests.support.rig"),
 )
 """What a command would load by itself, sooner or later."""
 
@@ -119,37 +167,55 @@ def _serve(connection: socket.socket) -> None:
         with contextlib.suppress(ImportError):  # another release of typer may do without it
             importlib.import_module(module)
     gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that mind a process
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, 1_000_000, 3)
+        message, descriptors, _, _ = socket.recv_fds(connection, 1_000_000, 4)
         if not message:
             return
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             connection.close()
-            _run(json.loads(message), descriptors)
+            _mind(json.loads(message), descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        connection.sendall(str(pid).encode())
-        _, status = os.waitpid(pid, 0)
-        connection.sendall(str(status).encode())
 
 
-def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-    """What the script `msr` does, in this process; then the end of it."""
-    from msr_cli.__main__ import main
+def _mind(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
+    """Start the process proper, and wait for its end: it has to have a parent that does."""
+    *streams, news = descriptors
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        os.close(news)
+        _run(request, streams)
+    for descriptor in streams:
+        os.close(descriptor)
+    try:
+        os.write(news, NUMBER.pack(pid))
+        os.write(news, NUMBER.pack(os.waitpid(pid, 0)[1]))
+    finally:
+        os._exit(0)
 
+
+def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
+    """What the script `msr` does, or `tests.support.rig`, in this process; then the end of it."""
+    if request["rigged"]:
+        from tests.support.rig import main
+    else:
+        from msr_cli.__main__ import main
+
+    os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin = os.fdopen(0, "r", encoding="utf-8")
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace")
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
-    sys.argv = ["msr", *request["arguments"]]
+    sys.argv = request["words"]
     sys.modules["__main__"] = types.ModuleType(
         "__main__"
     )  # typer would name the command after ours
@@ -167,6 +233,9 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
             sys.stderr.flush()
+        for thread in threading.enumerate():  # Python, too, waits for these
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         os._exit(code)
 
 

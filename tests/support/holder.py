@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.cli import PATIENCE, wait_until
+from tests.support.cli import PATIENCE, end, start_python, wait_until
 from tests.support.rig import Rig
 
 __all__ = ["Gate", "Holder", "hold_lock"]
@@ -80,28 +78,15 @@ def hold_lock(
 
     `rig` and `prefix` are those of `start_msr`.
     """
-    rig = rig or Rig()
-    process = subprocess.Popen(
-        [*prefix, *rig.command("-c", _HOLDER, json.dumps([url, running, locking]))],
-        env={**os.environ, **rig.environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    arguments = json.dumps([url, running, locking])
+    process = start_python(_HOLDER, arguments, rig=rig, prefix=prefix)
     try:
+        assert process.stdout is not None
         ready = process.stdout.readline()
-        assert ready, "the holder did not get the lock; why stands on stderr"
+        assert ready, f"the holder did not get the lock: {process.communicate()[1]}"
         yield Holder(process, *json.loads(ready))
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        end(process)
 
 
 class Gate:
