@@ -156,8 +156,16 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 
 
 LOADED = (
-    *("anyio._backends._asyncio", "asyncpg", "rich.progress", "rich.table", "typer._adapters"),
-    *("msr.handlers.postgres", "msr.handlers.sqlite", "msr_cli.app", "tests.support.rig"),
+    *("aiosqlite", "anyio._backends._asyncio", "anyio._core._fileio", "asyncpg"),
+    *(
+        "importlib.metadata",
+        "importlib.resources",
+        "rich.progress",
+        "rich.table",
+        "typer._adapters",
+    ),
+    *("msr.handlers.postgres", "msr.handlers.sqlite", "msr.prepare", "msr.unit", "msr_cli.app"),
+    "tests.support.rig",
 )
 """What a command would load by itself, sooner or later."""
 
@@ -167,33 +175,44 @@ def _serve(connection: socket.socket) -> None:
         with contextlib.suppress(ImportError):  # another release of typer may do without it
             importlib.import_module(module)
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that mind a process
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, 1_000_000, 4)
-        if not message:
+    ended, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakeup.fileno())
+    news: dict[int, int] = {}  # where to tell of the end of a process
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        selector.register(ended, selectors.EVENT_READ)
+        while True:
+            if ended in (ready := {key.fileobj for key, _ in selector.select()}):
+                ended.recv(4096)
+                _tell_ends(news)
+            if connection in ready:
+                message, descriptors, _, _ = socket.recv_fds(connection, 1_000_000, 4)
+                if not message:
+                    return
+                pid = os.fork()
+                if pid == 0:
+                    for open_one in (connection, ended, wakeup, selector):
+                        open_one.close()
+                    for descriptor in (descriptors.pop(), *news.values()):
+                        os.close(descriptor)
+                    _run(json.loads(message), descriptors)
+                news[pid] = descriptors.pop()
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                os.write(news[pid], NUMBER.pack(pid))
+
+
+def _tell_ends(news: dict[int, int]) -> None:
+    while news:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
             return
-        if os.fork() == 0:
-            connection.close()
-            _mind(json.loads(message), descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _mind(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
-    """Start the process proper, and wait for its end: it has to have a parent that does."""
-    *streams, news = descriptors
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        os.close(news)
-        _run(request, streams)
-    for descriptor in streams:
+        descriptor = news.pop(pid)
+        with contextlib.suppress(BrokenPipeError):  # the test has gone on
+            os.write(descriptor, NUMBER.pack(status))
         os.close(descriptor)
-    try:
-        os.write(news, NUMBER.pack(pid))
-        os.write(news, NUMBER.pack(os.waitpid(pid, 0)[1]))
-    finally:
-        os._exit(0)
 
 
 def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
@@ -203,6 +222,8 @@ def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     else:
         from msr_cli.__main__ import main
 
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)

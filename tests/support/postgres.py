@@ -120,7 +120,10 @@ class PostgresServer:
     def create_database(self, name: str, template: str | None = None) -> str:
         """Create a database, empty or a copy of `template`, and return its URL."""
         # template0 is empty and accepts no connections, so several can be made at once.
-        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template or "template0"}"')
+        statement = f'CREATE DATABASE "{name}" TEMPLATE "{template or "template0"}"'
+        if self.version >= 15:  # before, it was the only one; for so little data it is the quicker
+            statement += " STRATEGY FILE_COPY"
+        self.execute(statement)
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
