@@ -44,7 +44,7 @@ pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 chaos: $(VENV)/.installed-dev
-	MSR_TEST_CHAOS=long $(BIN)/python -m pytest tests/chaos $(ARGS)
+	MSR_TEST_CHAOS=long MSR_TEST_START=script $(BIN)/python -m pytest tests/chaos $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix

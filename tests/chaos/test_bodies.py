@@ -26,6 +26,7 @@ from tests.support.figures import Figures, rounds
 from tests.support.mechanisms import switch_off
 from tests.support.migrations import is_sqlite
 from tests.support.queries import fetch, table_names
+from tests.support.rig import UNAWARE
 
 LEASE = 6
 """Seconds that a slow machine does not need for a run, and still a renewal every two seconds."""
@@ -384,7 +385,7 @@ async def branch_out(seconds: float) -> bool:
 @pytest.mark.parametrize(
     "body", [block_the_loop, ignore_it, partial(ignore_it, times=3), branch_out]
 )
-@pytest.mark.parametrize("without", [(), ("heartbeat", "watch", "answer to release")])
+@pytest.mark.parametrize("without", [(), (*UNAWARE, "answer to release")])
 async def test_a_lost_lock_is_told(
     database_url: str,
     folder: Path,

@@ -201,7 +201,7 @@ def _serve(connection: socket.socket) -> None:
                 news[pid] = descriptors.pop()
                 for descriptor in descriptors:
                     os.close(descriptor)
-                os.write(news[pid], NUMBER.pack(pid))
+                _tell(news[pid], pid)
 
 
 def _tell_ends(news: dict[int, int]) -> None:
@@ -210,9 +210,13 @@ def _tell_ends(news: dict[int, int]) -> None:
         if pid == 0:
             return
         descriptor = news.pop(pid)
-        with contextlib.suppress(BrokenPipeError):  # the test has gone on
-            os.write(descriptor, NUMBER.pack(status))
+        _tell(descriptor, status)
         os.close(descriptor)
+
+
+def _tell(descriptor: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the test has ended without waiting for it
+        os.write(descriptor, NUMBER.pack(number))
 
 
 def _run(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
