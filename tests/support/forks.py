@@ -38,10 +38,9 @@ NUMBER = struct.Struct("i")
 
 
 class Fork(subprocess.Popen[str]):
-    """A fork, which a test uses as what `subprocess.Popen` starts; of that it has no more.
+    """A fork that tests use as they use what `subprocess.Popen` starts: the same public methods.
 
-    `arguments` are those of `msr`, with `rig` those of `tests.support.rig` after its faults, which
-    are given as JSON.
+    It runs `msr` with `arguments`, or with a `rig`, the faults as JSON, `tests.support.rig`.
     """
 
     def __init__(
