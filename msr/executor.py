@@ -254,16 +254,19 @@ class MigrationScriptExecutor:
         async with self.handler.connect(self.config) as session:
             locking = required(session.locking)
             status = await locking.get_status()
-            if not status.is_locked or status.token is None:
-                if token is not None and status.token != token:
-                    raise LockChangedError
-                return None
-            if token is None:
-                token = status.token
-            by = _somebody()
-            if not await locking.force_release(token, by=by, reason=reason, terminate=terminate):
+            if status.is_locked and status.token is not None:
+                released = await locking.force_release(
+                    status.token if token is None else token,
+                    by=_somebody(),
+                    reason=reason,
+                    terminate=terminate,
+                )
+                if released:
+                    return status
+                status = await locking.get_status()  # its holder may just have released it
+            if status.is_locked or token not in (None, status.token):
                 raise LockChangedError
-            return status
+            return None
 
     @asynccontextmanager
     async def lock(

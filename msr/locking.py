@@ -311,7 +311,6 @@ async def hold(
     finally:
         if ours:
             released = await finish(_release(service, connect, lease))
-            lease.released = bool(released)
     if loss is None and released is False and not isinstance(failure, LockLostError):
         loss = f"the migration lock was taken from {lease.locked_by} before it was released"
     elif released is None and failure is None and time.monotonic() >= lease.trusted_until:
@@ -346,12 +345,12 @@ async def _acquire(
     pause = FIRST_POLL
     status: LockStatus | None = None
     while True:
-        sent = time.monotonic()
         try:
             if status is not None and done is not None:
                 with _answered_within(ATTEMPT_BOUND):
                     if await done():
                         return None
+            sent = time.monotonic()
             outcome = await _attempt(service, owner, timeout, running)
         except DatabaseBusyError:
             if status is None:  # not even a look at who holds it
@@ -521,12 +520,14 @@ async def _release(service: LockingService, connect: Connect, lease: Lease) -> b
     with anyio.move_on_after(RELEASE_BOUND):
         try:
             with anyio.fail_after(RELEASE_BOUND / 2):
-                return await service.release(lease)
+                lease.released = await service.release(lease)
+                return lease.released
         except Exception as error:
             logger.debug("release over the worker's connection failed: %s", error)
         try:
             async with connect() as other:
-                if await other.release(lease):
+                lease.released = await other.release(lease)
+                if lease.released:
                     return True
                 # What changes nothing now may have been done by the first attempt, unless the row
                 # says who ended our token.

@@ -194,6 +194,8 @@ CONCURRENT_BUILD = (  # compiled when it is needed, which is hardly ever
 )
 
 # Where the connection broke in the middle of COMMIT; a session may be at it still.
+TRANSACTION_ID = "SELECT txid_current()"
+
 TRANSACTION_STATUS = "SELECT txid_status($1)"
 
 
@@ -314,8 +316,7 @@ class PostgresSession:
     async def script_connection(self) -> asyncpg.Connection:
         if self.in_transaction:
             with self.explained():
-                query = "SELECT txid_current()"
-                self._script_transaction_id = await self.connection.fetchval(query)
+                self._script_transaction_id = await self.connection.fetchval(TRANSACTION_ID)
         return self.connection
 
     async def read_history(self) -> Sequence[HistoryRow]:
@@ -501,9 +502,13 @@ class PostgresSession:
                 recorded = await self.connection.fetchval(self.sql(fence + query), *values)
             except asyncpg.UndefinedTableError:
                 raise LockLostError("the lock's table, or the history, was dropped") from None
-        self._transaction_id = recorded
-        if self._script_transaction_id not in (None, recorded):
-            raise StatementError(ENDED_TRANSACTION, committed=True)
+        self._transaction_id = current = recorded
+        if self._script_transaction_id is not None:
+            if recorded is None:
+                with self.explained():
+                    current = await self.connection.fetchval(TRANSACTION_ID)
+            if current != self._script_transaction_id:
+                raise StatementError(ENDED_TRANSACTION, committed=True)
         if recorded is None:
             raise LockLostError(
                 "the migration lock was lost, or another process has changed this script's row: "

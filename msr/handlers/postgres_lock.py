@@ -237,13 +237,16 @@ class PostgresLocking:
     ) -> bool:
         key = await self.identify()
         deadline = time.monotonic() + BLOCKED_AFTER
+        ended = False
         while True:
             [row] = await self._fetch_status(key)
             if row is None or row["token"] != token or row["locked_by"] is None:
-                return False
+                return ended  # then its process, or a waiter, has been quicker to free the row
             freed = await self._free(token, by, reason, only_expired=False)
             if terminate and row["session"] is not None:
                 await self._end_session(row["session"], whatever=True)
+                ended = not self._obstacle
+                freed = freed or await self._free(token, by, reason, only_expired=False)
             if freed:
                 if terminate and self._obstacle:
                     raise DatabaseError(f"the lock was released, but {self._obstacle}")

@@ -14,7 +14,10 @@ cancelled hop interrupts its statement and is waited for.
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import sqlite3
+import tempfile
 import time
 import uuid
 import weakref
@@ -49,6 +52,7 @@ from msr.handlers.base import (
 )
 from msr.handlers.sqlite_lock import (
     NOW,
+    READ_BUSY,
     RENEW,
     SqliteLocking,
     is_busy,
@@ -67,12 +71,9 @@ __all__ = ["SqliteHandler"]
 
 T = TypeVar("T")
 
-READ_BUSY = 5.0
 WRITE_BUSY = 30.0
 BUSY_PIECE = 0.2
-"""Seconds to wait for other connections: to read; to begin or commit a script, in pieces of."""
-
-MEMDB_SINCE = (3, 36, 0)
+"""Seconds to wait for other connections: to begin or commit a script, in pieces of."""
 
 ASK_EVERY = 10_000
 """Instructions of SQLite's machine between two looks at a statement's timeout."""
@@ -152,8 +153,8 @@ RELEASE = "RELEASE SAVEPOINT msr_script"
 class SqliteHandler:
     """An SQLite database, by URL: `sqlite:///relative.db`, `sqlite:////absolute.db`.
 
-    `sqlite://:memory:` is a database that lives as long as this handler. Raises `ConfigError` for
-    a URL that cannot be read, and for that one where SQLite is older than 3.36.
+    `sqlite://:memory:` is a database that lives as long as this handler, in the folder for
+    temporary files. Raises `ConfigError` for a URL that cannot be read.
     """
 
     dialect: Literal["sqlite"] = "sqlite"
@@ -162,20 +163,15 @@ class SqliteHandler:
         self.url = parse_url(url)
         if self.url.dialect != self.dialect:
             raise ConfigError("not an SQLite URL", key="url")
-        self._anchor: sqlite3.Connection | None = None
-        if self.url.path is None:
-            if sqlite3.sqlite_version_info < MEMDB_SINCE:
-                raise ConfigError(
-                    f"SQLite {sqlite3.sqlite_version} cannot share a database in memory: update it "
-                    "to 3.36, or use a file",
-                    key="url",
-                )
-            # Connections share it by its name, for the slash, and wait for each other as they do
-            # for a file (in a shared cache they would not). It is dropped with its last connection,
-            # so this one stays open.
-            self._memory = f"file:/msr-{uuid.uuid4()}?vfs=memdb"
-            self._anchor = sqlite3.connect(self._memory, uri=True, check_same_thread=False)
-            weakref.finalize(self, self._anchor.close)
+        self._durable = self.url.path is not None
+        if self.url.path is not None:
+            self._path = Path(self.url.path)
+        else:
+            # SQLite's own memory, when connections share it, lets nobody read while one writes, and
+            # a waiter has to read. In a file they go by the rules that everybody else goes by.
+            folder = Path(tempfile.gettempdir(), f"msr-{uuid.uuid4()}")
+            self._path = folder / "memory.db"
+            weakref.finalize(self, _remove, folder, os.getpid())
 
     def __repr__(self) -> str:
         return f"SqliteHandler({self.url.display!r})"
@@ -187,11 +183,10 @@ class SqliteHandler:
             import aiosqlite  # noqa: F401  # found missing here, not in the middle of a run
         except ImportError:
             raise MissingDriverError("aiosqlite", "sqlite") from None
-        if self.url.path is None:
-            session = SqliteSession(self._memory, None, config)
-        else:
-            path = Path(await anyio.Path(self.url.path).resolve())
-            session = SqliteSession(f"file:{quote(str(path))}", path, config)
+        path = anyio.Path(self._path)
+        if not self._durable:
+            await path.parent.mkdir(mode=0o700, exist_ok=True)
+        session = SqliteSession(Path(await path.resolve()), config, durable=self._durable)
         try:
             await session.open(create=False)
             yield session
@@ -202,10 +197,10 @@ class SqliteHandler:
 class SqliteSession:
     """One connection: the history, the scripts' transactions, and the lock through it."""
 
-    def __init__(self, uri: str, path: Path | None, config: Config) -> None:
-        self.uri = uri
+    def __init__(self, path: Path, config: Config, *, durable: bool = True) -> None:
         self.path = path
         self.config = config
+        self._durable = durable
         self.names = quoted_names(config)
         self._connection: aiosqlite.Connection | None = None
         self._stopped = False
@@ -227,7 +222,7 @@ class SqliteSession:
         """Connect unless connected; False if there is no database and none is to be made."""
         if self._connection is not None:
             return True
-        if self.path is not None and not await anyio.Path(self.path).exists():
+        if not await anyio.Path(self.path).exists():
             if not await anyio.Path(self.path.parent).is_dir():
                 raise DatabaseUnreachableError(
                     f"cannot open {self.path}: there is no folder {self.path.parent}"
@@ -236,15 +231,20 @@ class SqliteSession:
                 return False
         import aiosqlite
 
-        mode = "" if self.path is None else "?mode=rwc" if create else "?mode=rw"
+        uri = f"file:{quote(str(self.path))}?mode={'rwc' if create else 'rw'}"
 
         async def connect() -> None:
-            self._connection = await aiosqlite.connect(
-                self.uri + mode, uri=True, isolation_level=None, timeout=READ_BUSY
-            )
+            connection = aiosqlite.connect(uri, uri=True, isolation_level=None, timeout=READ_BUSY)
+            try:
+                self._connection = await connection
+            except sqlite3.Error:  # its thread would speak of a closed loop, were that to end first
+                await anyio.to_thread.run_sync(connection._thread.join)
+                raise
 
         with self.explained():
             await finish(connect())  # once its thread runs, somebody has to know it to close it
+        if not self._durable:
+            await self.hop(self._execute, "PRAGMA synchronous = OFF")
         return True
 
     async def script_connection(self) -> aiosqlite.Connection:
@@ -431,7 +431,7 @@ class SqliteSession:
             except sqlite3.OperationalError as error:
                 if not is_busy(error) or self._stopped or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)  # SQLite itself does not wait for who may wait for us
+                time.sleep(0.01)  # SQLite does not wait at all for who might wait for us
 
     def _execute_all(self, db: sqlite3.Connection, statements: Sequence[Statement]) -> None:
         for statement in statements:
@@ -496,7 +496,8 @@ class SqliteSession:
             with anyio.CancelScope(shield=True):
                 while not running.done():  # between two statements there is nothing to interrupt
                     await connection.interrupt()
-                    await asyncio.wait([running], timeout=0.05)
+                    with suppress(asyncio.CancelledError):  # once more; the thread still works
+                        await asyncio.wait([running], timeout=0.05)
             if not running.cancelled():
                 running.exception()  # seen, so that asyncio does not complain about it
             raise
@@ -511,18 +512,22 @@ class SqliteSession:
 
     def _explain(self, error: sqlite3.Error) -> MsrError:
         text, code = str(error), getattr(error, "sqlite_errorname", "")
-        where = self.path or ":memory:"
         if is_busy(error):
             return DatabaseBusyError(
-                f"{where} is locked by another process; try again when that has finished"
+                f"{self.path} is locked by another process; try again when that has finished"
             )
         if code.startswith("SQLITE_READONLY"):
-            return DatabaseError(f"{where} is read-only: give this user write access to it")
+            return DatabaseError(f"{self.path} is read-only: give this user write access to it")
         if code.startswith("SQLITE_CANTOPEN"):
-            return DatabaseUnreachableError(f"cannot open {where}: {text}")
+            return DatabaseUnreachableError(f"cannot open {self.path}: {text}")
         if "no such column" in text or "has no column" in text:
             return foreign_table(self.config, text)
-        return DatabaseError(f"{where}: {text}")
+        return DatabaseError(f"{self.path}: {text}")
+
+
+def _remove(folder: Path, process_id: int) -> None:
+    if os.getpid() == process_id:  # the end of a fork is not that of its parent's database
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _iso(moment: datetime | None) -> str | None:

@@ -27,7 +27,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,11 +44,12 @@ try:
 except ImportError:  # Windows: no proof of death there, the lease decides
     fcntl = None  # type: ignore[assignment]  # a module, or its absence
 
-__all__ = ["RENEW", "SqliteLocking", "is_busy", "lease_values", "read_rows", "write"]
+__all__ = ["READ_BUSY", "RENEW", "SqliteLocking", "is_busy", "lease_values", "read_rows", "write"]
 
 ATTEMPT_BUSY = 0.1
 CHANGE_BUSY = 2.0
-"""Seconds to wait for other connections: to try for the lock, to renew or release it."""
+READ_BUSY = 5.0
+"""Seconds to wait for other connections: to try for the lock, to renew or release it, to read."""
 
 LONGEST_POLL = 0.06
 """Seconds between two looks at the lock: nothing announces a release here, and a look is cheap."""
@@ -138,7 +138,7 @@ class SqliteLocking:
     def __init__(self, session: SqliteSession) -> None:
         self._session = session
         self._name = session.config.locking.name
-        self._file: tuple[int, Path] | None = None  # our own lock file, open and locked
+        self._file: tuple[int, str] | None = None  # our own lock file, open and locked
         self._seen: tuple[object, object] | None = None  # what `_look` last found
 
     async def acquire(
@@ -159,7 +159,8 @@ class SqliteLocking:
 
     async def release(self, lease: Lease) -> bool:
         released = await self._change(RELEASE, lease)
-        await anyio.to_thread.run_sync(partial(self.forget, unlink=True))
+        await anyio.to_thread.run_sync(self._remove_file, self._file_name(lease.token))
+        await anyio.to_thread.run_sync(self.forget)
         return released
 
     def is_alive(self) -> bool:
@@ -168,7 +169,7 @@ class SqliteLocking:
     async def get_status(self) -> LockStatus:
         if not await self._session.open(create=False):
             return LockStatus(name=self._name)
-        return await self._session.hop(lambda db: self._status(self._read(db)))
+        return await self._session.hop(lambda db: self._status(self._read(db, READ_BUSY)))
 
     async def force_release(
         self, token: int, *, by: str, reason: str | None, terminate: bool
@@ -179,7 +180,7 @@ class SqliteLocking:
             )
         if not await self._session.open(create=False):
             return False
-        row = await self._session.hop(self._read)
+        row = await self._session.hop(self._read, READ_BUSY)
         if row["locked_by"] is None or row["token"] != token:
             return False
         values = {"name": self._name, "token": token, "by": by, "reason": reason}
@@ -193,8 +194,8 @@ class SqliteLocking:
                 f"released: end its process {row['process_id']} on {row['hostname']}, which rolls "
                 "its script back"
             ) from error
-        if released and row["session"] is not None:
-            await anyio.Path(self._path(row["session"])).unlink(missing_ok=True)
+        if released:
+            await anyio.to_thread.run_sync(self._remove_file, row["session"])
         return released
 
     async def wait(self, seconds: float) -> bool:
@@ -214,7 +215,7 @@ class SqliteLocking:
         if not await self._session.open(create=False):
             return None
         try:
-            row = await self._session.hop(self._read)
+            row = await self._session.hop(self._read, ATTEMPT_BUSY)
         except DatabaseBusyError:
             return None
         return row["token"], row["locked_by"]
@@ -222,43 +223,67 @@ class SqliteLocking:
     def forget(self, *, unlink: bool = False) -> None:
         """Close our lock file. A file that stays, unlocked, proves that its holder is gone."""
         if self._file is not None:
-            descriptor, path = self._file
+            descriptor, name = self._file
             self._file = None
             if unlink:
-                path.unlink(missing_ok=True)
+                self._remove_file(name)
             os.close(descriptor)
+
+    def _remove_file(self, name: str | None) -> None:
+        """Remove the lock file of a lease that is over; that of another user may have to stay."""
+        if name is not None:
+            with suppress(OSError):
+                self._path(name).unlink(missing_ok=True)
 
     async def _change(self, query: str, lease: Lease) -> bool:
         if not await self._session.open(create=False):
             return False
-        values = lease_values(lease)
-        statements = (self._session.sql(query),)
         try:
-            return await self._session.hop(write, CHANGE_BUSY, statements, values) == 1
+            return await self._session.hop(self._change_row, self._session.sql(query), lease)
         except DatabaseError as error:
             if "no such table" in str(error):
                 return False
             raise
 
+    def _change_row(self, db: sqlite3.Connection, statement: str, lease: Lease) -> bool:
+        values = lease_values(lease)
+        try:
+            return write(db, ATTEMPT_BUSY, (statement,), values) == 1
+        except sqlite3.OperationalError as error:
+            if not is_busy(error):
+                raise
+        # Whoever writes may have taken the lock from us, and may go on for long.
+        try:
+            row = self._read(db, CHANGE_BUSY)
+        except sqlite3.OperationalError:  # nor can anything be read
+            if self._file is not None and not self._path(self._file[1]).exists():
+                return False  # whoever ends a lease removes its file
+            raise
+        if (row["token"], row["locked_by"]) != (lease.token, lease.locked_by):
+            return False
+        return write(db, CHANGE_BUSY, (statement,), values) == 1
+
     def _acquire(
         self, db: sqlite3.Connection, owner: Owner, timeout: float, running: str | None
     ) -> Lease | LockStatus:
         # Look before asking to write, so that a crowd of waiters disturbs no writer.
-        db.execute(f"PRAGMA busy_timeout = {int(ATTEMPT_BUSY * 1000)}")
-        row = self._read(db)
+        row = self._read(db, ATTEMPT_BUSY)
         if not self._is_free(row):
             return self._status(row)
         try:
             db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            if row["locked_by"] is None or not is_busy(error):
+            if not is_busy(error):
                 raise
-            return self._status(row)  # expired, but its holder's transaction keeps everybody out
+            row = self._read(db, ATTEMPT_BUSY)  # another one may have been quicker
+            if row["locked_by"] is None:
+                raise
+            return self._status(row)  # if expired, its holder's transaction keeps everybody out
         try:
             for statement in CREATE_LOCK:
                 db.execute(self._session.sql(statement))
             db.execute(self._session.sql(CREATE_ROW), {"name": self._name})
-            row = self._read(db)
+            row = self._read(db, ATTEMPT_BUSY)
             if not self._is_free(row):
                 db.execute("ROLLBACK")
                 return self._status(row)
@@ -269,8 +294,7 @@ class SqliteLocking:
                 db.execute("ROLLBACK")
             self.forget(unlink=True)
             raise
-        if row["session"] is not None:
-            self._path(row["session"]).unlink(missing_ok=True)
+        self._remove_file(row["session"])
         return lease
 
     def _take(
@@ -288,7 +312,8 @@ class SqliteLocking:
         db.execute(self._session.sql(ACQUIRE), values)
         return lease
 
-    def _read(self, db: sqlite3.Connection) -> dict[str, Any]:
+    def _read(self, db: sqlite3.Connection, busy: float) -> dict[str, Any]:
+        db.execute(f"PRAGMA busy_timeout = {int(busy * 1000)}")
         rows = read_rows(db, self._session.sql(READ_STATUS), {"name": self._name})
         values = rows[0] if rows else (None,) * (len(STATUS_COLUMNS) + 2)
         return dict(zip((*STATUS_COLUMNS, "checked_at", "is_expired"), values, strict=True))
@@ -342,12 +367,11 @@ class SqliteLocking:
 
     def _tell(self, lease: Lease) -> None:
         """Write what runs into the lock file: the row cannot be read until the script commits."""
-        if self._session.path is not None:
-            with suppress(OSError):  # no file, no news
-                path = self._path(self._file_name(lease.token))
-                descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-                with open(descriptor, "w", encoding="utf-8") as file:
-                    file.write(lease.shown or "")
+        with suppress(OSError):  # no file, no news
+            path = self._path(self._file_name(lease.token))
+            descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(lease.shown or "")
 
     def _told(self, row: dict[str, Any]) -> str | None:
         """What the holder wrote there."""
@@ -359,14 +383,12 @@ class SqliteLocking:
             return None
 
     def _file_name(self, token: int) -> str:
-        assert self._session.path is not None, "a database in memory has no lock file"
         return f"{self._session.path.name}-{self._session.config.locking.table_name}-{token}.lock"
 
     def _prove_life(self, token: int) -> str | None:
         """Lock a file of our own beside the database; its name, or None where that is not to be."""
-        self.forget(unlink=True)  # of a lease that we have lost since
-        database = self._session.path
-        if database is None or fcntl is None:
+        self.forget(unlink=True)  # that of a lease that we have lost since
+        if fcntl is None:
             return None
         name = self._file_name(token)
         try:
@@ -379,11 +401,10 @@ class SqliteLocking:
         except OSError:  # a file system without locks, or a leftover that somebody else has
             os.close(descriptor)
             return None
-        self._file = (descriptor, self._path(name))
+        self._file = (descriptor, name)
         return name
 
     def _path(self, name: str) -> Path:
-        assert self._session.path is not None, "a database in memory has no lock file"
         return self._session.path.with_name(name)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
-import sqlite3
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -948,10 +949,19 @@ async def test_a_database_in_memory_is_read_and_written_at_once(folder: Path) ->
     assert len(result.executed) == 4
 
 
-def test_an_sqlite_too_old_for_a_database_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 5))
-    with pytest.raises(msr.ConfigError, match=r"url: .* cannot share a database in memory"):
-        msr.SqliteHandler("sqlite://:memory:")
+async def test_nothing_is_left_of_a_database_in_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a file that nobody else may read, for as long as the executor is there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(tmp_path.iterdir())
+    executor = make_executor("sqlite://:memory:", folder)
+    await executor.migrate()
+    [made] = set(tmp_path.iterdir()) - before
+    assert made.stat().st_mode & 0o077 == 0
+    del executor
+    gc.collect()
+    assert set(tmp_path.iterdir()) == before
 
 
 async def test_a_follower_sees_the_failure_of_the_first(

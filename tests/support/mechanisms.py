@@ -142,10 +142,10 @@ def _no_polling(patch: Patch) -> None:
     _statement(patch, postgres_lock, "ACQUIRE", "pg_try_advisory_lock($2)", blocking)
     original = sqlite_lock.SqliteLocking._read
 
-    def read(self: Any, db: Any) -> Any:
+    def read(self: Any, db: Any, busy: float) -> Any:
         if not db.in_transaction:
             db.execute("BEGIN")
-        return original(self, db)
+        return original(self, db, busy)
 
     patch(sqlite_lock.SqliteLocking, "_read", read)
 
