@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ def _imported(path: str) -> msr.MigrationScriptExecutor:
             found = getattr(found, name)
         if callable(found) and not isinstance(found, msr.MigrationScriptExecutor):
             found = found()
+            if inspect.iscoroutine(found):
+                found.close()
+                raise _unusable(f"{path!r} is async: give a function that returns the executor")
     except msr.MsrError:
         raise
     except Exception as error:

@@ -58,11 +58,16 @@ class Interrupted(msr.MsrError):
     `applied` names what was done before, `left` a script that ran outside a transaction.
     """
 
-    def __init__(self, signum: int, applied: Sequence[str] = (), left: str | None = None) -> None:
+    def __init__(
+        self,
+        signum: int,
+        applied: Sequence[str] = (),
+        left: str | None = None,
+        undone: str = "what ran in a transaction is undone",
+    ) -> None:
         self.signum = signum
         self.applied = tuple(applied)
         self.left = left
-        undone = "what ran in a transaction is undone"
         if left is not None:
             undone = f"{left} ran outside a transaction: check by hand what it did, then msr repair"
         super().__init__(f"interrupted by {signal.Signals(signum).name}: {undone}")
@@ -212,7 +217,11 @@ def run_async(work: Callable[[], Awaitable[T]], *, quiet: bool = False) -> T:
 def _confirmed(prompt: str, done: str) -> bool:
     """Ask, on the last line of a terminal. Raises `MsrError`, nothing `done`, without an answer."""
     echo(f"\n{prompt}", end="")
-    answer = sys.stdin.readline()
+    try:
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        echo("")
+        raise Interrupted(signal.SIGINT, undone=f"nothing was {done}") from None
     if not (sys.stdin.isatty() and answer.endswith("\n")):
         echo("")  # the line is still open: no Enter, or one that was not echoed
     if not answer:

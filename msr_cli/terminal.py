@@ -25,6 +25,12 @@ TELL_EVERY = 10.0
 WHOLE = ("Version", "Status", "Applied at", "Duration", "Action")
 """The columns that are never broken; the others are, in a narrow terminal."""
 
+SPARED = ("By", "Duration")
+"""The columns that a narrow terminal does without, in this order, before a name is broken."""
+
+PADDING = 3
+"""Characters that rich leaves between two columns of a table."""
+
 STYLES = {
     "applied": "green",
     "pending": "yellow",
@@ -56,12 +62,18 @@ def _show_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
+    console = Console(highlight=False)
+    columns = {header: [row[index] for row in rows] for index, header in enumerate(headers)}
+    for header in SPARED:
+        widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
+        if sum(widths) + PADDING * (len(widths) - 1) > console.width:
+            columns.pop(header, None)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in columns:
         table.add_column(header, overflow="fold", no_wrap=header in WHOLE)
-    for row in rows:
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 @contextmanager

@@ -290,7 +290,7 @@ def test_terminal(page_url: str) -> None:
         ("n\r", 0, f"n\n{CANCELLED}"),
         ("\r", 0, f"\n{CANCELLED}"),
         ("\x04", 1, "\n✗ Error: no answer, so nothing was released"),
-        ("\x03", 130, "^C"),
+        ("\x03", 130, "^C\n✗ Error: interrupted by SIGINT: nothing was released"),
     ],
     ids=["n", "Enter", "Ctrl-D", "Ctrl-C"],
 )

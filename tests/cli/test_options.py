@@ -330,6 +330,9 @@ class TestExecutor:
         def broken():
             raise RuntimeError("no settings")
 
+        async def later():
+            return executor
+
         number = 3
         """
 
@@ -376,6 +379,7 @@ class TestExecutor:
             ("shop.db:nothing", "has no attribute 'nothing'"),
             ("shop.db:number", "gives int, not a MigrationScriptExecutor"),
             ("shop.db:broken", "cannot be loaded, RuntimeError: no settings"),
+            ("shop.db:later", "is async: give a function that returns the executor"),
         ],
     )
     def test_unusable(self, url: str, path: str, says: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pexpect import EOF
 
 from tests.support.cli import MSR, PATIENCE, own_lines, run_msr, unstamped, write_scripts
-from tests.support.databases import on_sqlite
+from tests.support.databases import on_postgres, on_sqlite
 from tests.support.holder import Gate, hold_lock
 from tests.support.queries import query
 from tests.support.terminal import at_a_terminal as at_any_terminal
@@ -112,6 +112,28 @@ def test_table(migrated_url: str, folder: Path, columns: int) -> None:
     assert re.search(r"\x1b\[33mpending", text)
     assert "with_quite_a_long_name" in re.sub(r"\s", "", plain(text))
     assert plain(text).endswith("2 scripts: 1 applied, 1 pending\n")
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    ("columns", "headers"),
+    [
+        (80, "Version Status Applied at Script"),
+        (120, "Version Status Applied at Duration Script By"),
+    ],
+)
+def test_what_a_narrow_table_spares(
+    migrated_url: str, folder: Path, columns: int, headers: str
+) -> None:
+    """Names stay whole as long as there is something less important to leave away."""
+    name = "V20261125151545_add_orders.sql"
+    write_scripts(folder, {name: "CREATE TABLE orders (id int);"})
+    assert run_msr("migrate").exit_code == 0
+
+    _, text = shown("list", columns=columns)
+
+    assert " ".join(plain(text).split("\n")[0].split()) == headers
+    assert name in text
 
 
 @on_sqlite

@@ -616,6 +616,19 @@ async def test_a_follower_looks_before_it_asks_again(lock: FakeLock) -> None:
     assert (lock.attempts, lock.holder) == (1, None)
 
 
+async def test_the_trust_begins_with_the_attempt(lock: FakeLock) -> None:
+    """A look that took longer than the lease takes nothing from a lock granted after it."""
+    lock.refusals = 1
+
+    async def done() -> bool:
+        await anyio.sleep(10)
+        return False
+
+    async with lock.hold(timeout=5.0, wait=20.0, done=done) as lease:
+        await anyio.sleep(1)
+    assert lease.released
+
+
 async def test_an_error_of_the_look_comes_out(lock: FakeLock) -> None:
     """If the work cannot go on, whoever waits for it stops waiting."""
     lock.refusals = 10**6
