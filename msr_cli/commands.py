@@ -277,13 +277,13 @@ def _accept_edits(
     yes: bool,
     wait: float | None,
 ) -> None:
-    common.require_answer(yes)
     changes = run_async(runner.find_changes)
     if key is not None:
         changes = [change for change in changes if change.version == key]
         if not changes:
             run_async(lambda: runner.repair(key, wait=wait))  # says why there is nothing to do
-    elif not changes:
+    common.require_answer(yes)
+    if key is None and not changes:
         rows = run_async(runner.list)
         stuck = [it.file or it.name for it in rows if it.status in ("unfinished", "failed")]
         if stuck:

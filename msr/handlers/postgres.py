@@ -254,7 +254,10 @@ class PostgresHandler:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if isinstance(error, TimeoutError):
                 reason = f"no answer within {timeout:g} s"
-            failure = DatabaseUnreachableError(f"cannot connect to {self.url.display}: {reason}")
+            failure = DatabaseUnreachableError(
+                f"cannot connect to {self.url.display}: {reason}; check the URL, and whether the "
+                "server is up"
+            )
             failure.is_full = isinstance(error, asyncpg.TooManyConnectionsError)
             raise failure from None if isinstance(error, ValueError) else error
 

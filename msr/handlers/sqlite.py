@@ -519,7 +519,10 @@ class SqliteSession:
         if code.startswith("SQLITE_READONLY"):
             return DatabaseError(f"{self.path} is read-only: give this user write access to it")
         if code.startswith("SQLITE_CANTOPEN"):
-            return DatabaseUnreachableError(f"cannot open {self.path}: {text}")
+            way_out = "name a file in a folder that this user may write to"
+            return DatabaseUnreachableError(f"cannot open {self.path}: {text}; {way_out}")
+        if code == "SQLITE_NOTADB":
+            return DatabaseError(f"{self.path}: {text}; name an SQLite database, or a new file")
         if "no such column" in text or "has no column" in text:
             return foreign_table(self.config, text)
         return DatabaseError(f"{self.path}: {text}")

@@ -167,6 +167,17 @@ def test_folder(shared_url: str, tmp_path: Path, command: str) -> None:
     assert dump(shared_url) == before
 
 
+@pytest.mark.parametrize("command", ["migrate", "lock:status"])
+def test_folder_that_is_no_database(folder: Path, tmp_path: Path, command: str) -> None:
+    """A folder cannot be opened: exit 7 or 1, in one line, and nothing of the driver's thread."""
+    write_scripts(folder, FIRST)
+    result = run_msr(command, "--url", f"sqlite:///{tmp_path}", "--folder", folder)
+
+    assert result.exit_code == (1 if command == "lock:status" else 7)
+    assert "name a file in a folder that this user may write to" in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
 def test_missing_file(shared_url: str, folder: Path) -> None:
     """An applied script whose file is gone: exit 2, with the way out."""
     write_scripts(folder, {"V2_second.sql": "CREATE TABLE second (id int);"})

@@ -83,6 +83,7 @@ def test_retry(unfinished: str) -> None:
         (["2"], "say --applied or --retry"),
         (["2", "--applied", "--retry"], "--applied: contradicts --retry"),
         (["--applied"], "--applied: say which script"),
+        (["2", "--json"], "say --applied or --retry"),
         ([], "left half done: V2_outside.sql; "),
         (["2", "--retry", "--yes"], "--yes: nothing is asked then"),
         (["1", "--applied"], "version 1 is applied, so there is nothing to repair"),

@@ -296,11 +296,15 @@ def test_client_command_is_named() -> None:
         ("PRAGMA foreign_keys = OFF;", True, ["pragma-without-effect"]),
         ("PRAGMA foreign_keys(0);", True, ["pragma-without-effect"]),
         ("PRAGMA foreign_keys;", True, []),
+        ("PRAGMA journal_mode = WAL;", True, ["pragma-without-effect"]),
+        ("PRAGMA journal_mode;", True, []),
+        ("PRAGMA journal_mode = WAL;", False, []),
+        ("PRAGMA user_version = 1;", True, []),
         ("PRAGMA foreign_keys = OFF;", False, []),
     ],
 )
-def test_pragma_foreign_keys(script: str, transaction: bool, rules: list[str]) -> None:
-    """Switching foreign keys inside a transaction, which SQLite ignores silently, is named."""
+def test_pragma_without_effect(script: str, transaction: bool, rules: list[str]) -> None:
+    """What SQLite ignores silently inside a transaction is named."""
     found = check_statements(script, "sqlite", transaction=transaction)
     assert [rule for rule, _, _ in found] == rules
 
