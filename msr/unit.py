@@ -43,6 +43,7 @@ from msr.handlers.base import (
 from msr.locking import Lease, finish, foreign_task_groups, printable, renew
 from msr.plan import HistoryRow, RowStatus, Step
 from msr.prepare import PreparedScript, ScriptContext
+from msr.urls import hide_passwords
 
 __all__ = ["NumberedStep", "Unit", "units"]
 
@@ -354,6 +355,7 @@ class Unit:
             hint, detail = getattr(error, "hint", None), getattr(error, "detail", None)
             sqlstate = getattr(error, "sqlstate", None)
             message = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
+            message = hide_passwords(message)
         if sqlstate == CANCELED and (limit := self._limits(it).statement_timeout):
             hint = f"its statement_timeout is {limit:g} s"
         elif sqlstate == IN_TRANSACTION:

@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from msr.errors import ConfigError
 
-__all__ = ["DatabaseUrl", "Dialect", "parse_url"]
+__all__ = ["DatabaseUrl", "Dialect", "hide_passwords", "parse_url"]
 
 Dialect = Literal["postgresql", "sqlite"]
 """Which SQL a database speaks."""
@@ -36,6 +36,7 @@ _HOST = re.compile(r"(?:\[(?P<v6>[\w:.%]+)\]|(?P<name>[^\[\]:\s]+))(?::(?P<port>
 _PERCENT_GARBAGE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 _SECONDS = re.compile(r"-?[0-9]{1,6}(?:\.[0-9]+)?")
 _SECRET = re.compile(r"password|secret|token|_key", re.IGNORECASE)
+_PASSWORD = re.compile(r"""(?<=://)([^\s:/@"']*):[^\s/@"']+@""")
 _PARAMETER = re.compile(r"[A-Za-z_][\w.-]*(?==)")
 
 _ACCEPTED = "postgresql://, postgres://, postgresql+asyncpg://, sqlite:// or sqlite+aiosqlite://"
@@ -96,6 +97,11 @@ class DatabaseUrl:
 
     def __str__(self) -> str:
         return self.display
+
+
+def hide_passwords(text: str) -> str:
+    """The text, without the passwords of the URLs in it: a script may have put one in its error."""
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def parse_url(url: str, source: str = "argument") -> DatabaseUrl:

@@ -188,6 +188,24 @@ def test_missing_file(shared_url: str, folder: Path) -> None:
     assert dump(shared_url) == before
 
 
+def test_python_that_tells_the_url(migrated_url: str, folder: Path) -> None:
+    """A script's own error may hold a URL, the password of which is for nobody."""
+    Path("url.txt").write_text("postgresql://app:s3cret-word@db.example:5432/shop")
+    script = """\
+        from pathlib import Path
+
+        async def up(db):
+            raise OSError(f"no {Path('url.txt').read_text()} there")
+        """
+    write_scripts(folder, {"V2_told.py": script})
+
+    for arguments in ([], ["--json"]):
+        result = run_msr("migrate", *arguments)
+        assert result.exit_code == 3
+        assert "OSError: no postgresql://app:***@db.example:5432/shop there" in result.stderr
+        assert "s3cret" not in result.stdout + result.stderr
+
+
 def test_python_that_commits(migrated_url: str, folder: Path) -> None:
     """A Python script that ends the transaction: exit 3, no history row, and the lock is free."""
     script = """\

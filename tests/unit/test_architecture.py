@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "results",
         "scripts",
     },
-    "unit": {"config", "errors", "events", "handlers.base", "locking", "plan", "prepare"},
+    "unit": {"config", "errors", "events", "handlers.base", "locking", "plan", "prepare", "urls"},
     "executor": {
         "config",
         "errors",
