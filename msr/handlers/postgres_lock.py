@@ -42,7 +42,9 @@ GRACE = 2.0
 """Seconds that a session may keep the key without the row before it is taken for a doomed one."""
 
 BLOCKED_AFTER = 1.0
-"""Seconds that a forced release tries to pass a holder's commit before it gives up."""
+ENDED_WITHIN = 10.0
+"""Seconds that a forced release waits before it gives up: for a holder's commit, and for the end of
+a session that it has ended itself."""
 
 # The statements. {lock} and {token} are quoted identifiers; values travel as $n.
 
@@ -245,7 +247,8 @@ class PostgresLocking:
             freed = await self._free(token, by, reason, only_expired=False)
             if terminate and row["session"] is not None:
                 await self._end_session(row["session"], whatever=True)
-                ended = not self._obstacle
+                if not (ended or self._obstacle):
+                    ended, deadline = True, time.monotonic() + ENDED_WITHIN
                 freed = freed or await self._free(token, by, reason, only_expired=False)
             if freed:
                 if terminate and self._obstacle:

@@ -197,7 +197,7 @@ class SqliteHandler:
 class SqliteSession:
     """One connection: the history, the scripts' transactions, and the lock through it."""
 
-    def __init__(self, path: Path, config: Config, *, durable: bool = True) -> None:
+    def __init__(self, path: Path, config: Config, *, durable: bool) -> None:
         self.path = path
         self.config = config
         self._durable = durable

@@ -254,12 +254,11 @@ class SqliteLocking:
                 raise
         # Whoever writes may have taken the lock from us, and may go on for long.
         try:
-            row = self._read(db, CHANGE_BUSY)
-        except sqlite3.OperationalError:  # nor can anything be read
-            if self._file is not None and not self._path(self._file[1]).exists():
-                return False  # whoever ends a lease removes its file
-            raise
-        if (row["token"], row["locked_by"]) != (lease.token, lease.locked_by):
+            row = self._read(db, ATTEMPT_BUSY)
+            is_over = (row["token"], row["locked_by"]) != (lease.token, lease.locked_by)
+        except sqlite3.OperationalError:  # whoever ends a lease removes its file, too
+            is_over = self._file is not None and not self._path(self._file[1]).exists()
+        if is_over:
             return False
         return write(db, CHANGE_BUSY, (statement,), values) == 1
 
