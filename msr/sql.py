@@ -134,7 +134,8 @@ def _check_transaction(statement: Statement) -> Iterator[Finding]:
     if control := _CONTROL.match(statement.keyword):
         message = f"{control[0]} would break the transaction that the script runs in: remove it"
         yield "transaction-control", statement.line, f"{message}, or {_OPT_OUT}"
-    # SQLite ignores these there without a word, and a rebuilt table then loses its child rows.
+    # SQLite ignores these there without a word. With foreign keys still on, a table that is rebuilt
+    # loses its child rows.
     ignored = statement.keyword in ("PRAGMA FOREIGN_KEYS", "PRAGMA JOURNAL_MODE")
     if ignored and re.search(r"[=(]", statement.text):
         name = statement.keyword.removeprefix("PRAGMA ").lower()

@@ -193,9 +193,9 @@ CONCURRENT_BUILD = (  # compiled when it is needed, which is hardly ever
     rf"ON\s+(?:ONLY\s+)?(?P<table>{_NAME}(?:\s*\.\s*{_NAME})?)"
 )
 
-# Where the connection broke in the middle of COMMIT; a session may be at it still.
 TRANSACTION_ID = "SELECT txid_current()"
 
+# Where the connection broke in the middle of COMMIT; a session may be at it still.
 TRANSACTION_STATUS = "SELECT txid_status($1)"
 
 

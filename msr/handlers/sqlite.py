@@ -163,7 +163,6 @@ class SqliteHandler:
         self.url = parse_url(url)
         if self.url.dialect != self.dialect:
             raise ConfigError("not an SQLite URL", key="url")
-        self._durable = self.url.path is not None
         if self.url.path is not None:
             self._path = Path(self.url.path)
         else:
@@ -184,9 +183,10 @@ class SqliteHandler:
         except ImportError:
             raise MissingDriverError("aiosqlite", "sqlite") from None
         path = anyio.Path(self._path)
-        if not self._durable:
+        durable = self.url.path is not None
+        if not durable:
             await path.parent.mkdir(mode=0o700, exist_ok=True)
-        session = SqliteSession(Path(await path.resolve()), config, durable=self._durable)
+        session = SqliteSession(Path(await path.resolve()), config, durable=durable)
         try:
             await session.open(create=False)
             yield session

@@ -159,8 +159,12 @@ class SqliteLocking:
 
     async def release(self, lease: Lease) -> bool:
         released = await self._change(RELEASE, lease)
-        await anyio.to_thread.run_sync(self._remove_file, self._file_name(lease.token))
-        await anyio.to_thread.run_sync(self.forget)
+
+        def let_go() -> None:
+            self._remove_file(self._file_name(lease.token))
+            self.forget()
+
+        await anyio.to_thread.run_sync(let_go)
         return released
 
     def is_alive(self) -> bool:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from msr.urls import parse_url
 from tests.support.cli import wait_until, write_scripts
+from tests.support.databases import path_of
 from tests.support.figures import rounds
 from tests.support.holder import LOST, Gate, hold_lock
 from tests.support.migrations import (
@@ -48,10 +48,6 @@ def add_rows(number: int) -> str:
         f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {number}) "
         "INSERT INTO work (filler) SELECT randomblob(4000) FROM n;"
     )
-
-
-def path_of(url: str) -> Path:
-    return Path(parse_url(url).path or "")
 
 
 def migrate(url: str, folder: Path) -> None:

@@ -14,9 +14,8 @@ import anyio
 import pytest
 
 import msr
-from msr.urls import parse_url
 from tests.support.cli import Result, own_lines, run_msr, write_scripts
-from tests.support.databases import on_postgres, on_sqlite
+from tests.support.databases import on_postgres, on_sqlite, path_of
 from tests.support.dump import dump
 from tests.support.postgres import SECRET_PASSWORD, SECRET_USER, PostgresServer
 from tests.support.queries import query
@@ -444,7 +443,7 @@ def test_somebody_elses_table(url: str, folder: Path, table: str) -> None:
 def make_read_only(url: str) -> None:
     """Let nobody write any more, not even root or a superuser."""
     if url.startswith("sqlite"):
-        with Path(parse_url(url).path or "").open("r+b") as file:
+        with path_of(url).open("r+b") as file:
             file.seek(18)  # the format's version for writers: one that SQLite does not know yet
             file.write(b"\x03")
         return
@@ -481,7 +480,7 @@ def test_read_only_database_without_tables(url: str, folder: Path) -> None:
 @on_sqlite
 def test_file_that_is_no_database(url: str, folder: Path) -> None:
     """A file that SQLite cannot read is exit 1 for every command, and stays as it is."""
-    path = Path(parse_url(url).path or "")
+    path = path_of(url)
     path.write_bytes(b"not a database at all, but long enough for a header " * 50)
     write_scripts(folder, FIRST)
     before = path.read_bytes()

@@ -21,6 +21,7 @@ import pytest
 import msr
 from msr.urls import parse_url
 from tests.support.cli import PATIENCE, wait_until_async, write_scripts
+from tests.support.databases import path_of
 from tests.support.queries import exists, fetch, table_names
 
 SCRIPTS = {
@@ -759,7 +760,7 @@ async def test_nothing_pending_costs_one_query_on_sqlite(
     await make_executor(sqlite_url, folder).migrate()
     grow(folder, length)
     await fetch(sqlite_url, long_history(length, "'2025-01-02T03:04:05.000Z'"))
-    path = Path(parse_url(sqlite_url).path or "")
+    path = path_of(sqlite_url)
     before = (path.read_bytes(), path.stat().st_mtime_ns, sorted(path.parent.iterdir()))
     statements: list[list[str]] = []
     original = aiosqlite.connect

@@ -16,18 +16,13 @@ import msr
 from msr.handlers.postgres_lock import PostgresLocking
 from msr.handlers.sqlite import SqliteSession
 from msr.handlers.sqlite_lock import SqliteLocking
-from msr.urls import parse_url
 from tests.support.cli import wait_until_async, write_scripts
-from tests.support.databases import on_postgres, on_sqlite
+from tests.support.databases import on_postgres, on_sqlite, path_of
 from tests.support.queries import fetch, table_names
 
 
 def make_executor(url: str, folder: Path | None = None, **locking: Any) -> Any:
     return msr.MigrationScriptExecutor.from_url(url, folder=folder or "none", locking=locking)
-
-
-def path_of(url: str) -> Path:
-    return Path(str(parse_url(url).path))
 
 
 # A forced release, while the lock changes hands

@@ -156,13 +156,8 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 
 LOADED = (
     *("aiosqlite", "anyio._backends._asyncio", "anyio._core._fileio", "asyncpg"),
-    *(
-        "importlib.metadata",
-        "importlib.resources",
-        "rich.progress",
-        "rich.table",
-        "typer._adapters",
-    ),
+    *("importlib.metadata", "importlib.resources"),
+    *("rich.progress", "rich.table", "typer._adapters"),
     *("msr.handlers.postgres", "msr.handlers.sqlite", "msr.prepare", "msr.unit", "msr_cli.app"),
     "tests.support.rig",
 )
